@@ -1,0 +1,292 @@
+"""common.py: the uninteresting ground floor under the seven experiments.
+
+Next-token sampling, beam search, a small numpy renderer and mp4 writer, files that are never half-written, and errors
+that are one sentence. Nothing here has an idea in it; copy it beside any script of this repository and the script runs.
+"""
+import argparse, contextlib, hashlib, json, os, pathlib, platform, sys, time
+
+import numpy as np
+import torch
+
+# ---- part 1: one sentence for the user -----------------------------------------------------------------------------------
+
+def sorry(sentence):
+    """End the program as every user's mistake ends it: one sentence on stderr, exit status 2."""
+    print(f"{pathlib.Path(sys.argv[0]).name}: {' '.join(str(sentence).split())}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+class Flags(argparse.ArgumentParser):
+    """argparse whose errors are one sentence, whose help shows defaults, and which takes no abbreviations."""
+    def __init__(self, doc):
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+
+    def flag(self, name, default, why, **kw):
+        if isinstance(default, bool):
+            kw.setdefault("action", argparse.BooleanOptionalAction)
+        elif not isinstance(default, (list, type(None))):
+            kw.setdefault("type", type(default))
+        self.add_argument(f"--{name}", default=default, help=f"{why} [{default}]".replace("%", "%%"), **kw)
+
+    def error(self, message):
+        sorry(f"{message} (--help lists the flags)")
+
+
+def run(main):
+    """Call main(); Ctrl-C, a full disk or a missing file end in a sentence, not in a traceback."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        raise SystemExit(130)
+    except (OSError, MemoryError) as e:
+        sorry(e if str(e) else type(e).__name__)
+
+
+def pick_device():
+    """cuda, else mps, else cpu: chosen once, at the start of main()."""
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+# ---- part 2: files that are whole or not there -----------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def whole_file(path):
+    """Yields a path beside `path` to write to; renamed over `path` at the end, removed if anything went wrong before."""
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.stem}.part{os.getpid()}{path.suffix}")   # the suffix stays: writers go by it
+    try:
+        yield part
+        with open(part, "rb+") as f:
+            os.fsync(f.fileno())        # else a power cut may leave the new name on an empty file
+        os.replace(part, path)
+    except OSError as e:
+        sorry(f"cannot write {path}: {e.strerror or e}")
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def save_checkpoint(path, state):
+    """Write a dict of tensors and plain values; the previous checkpoint stays good until this one is whole."""
+    with whole_file(path) as part:
+        try:
+            torch.save(state, part)
+        except RuntimeError as e:       # torch reports a full disk as a RuntimeError of its zip writer
+            raise OSError(None, str(e).splitlines()[0]) from e
+
+
+def load_checkpoint(path):
+    """The dict that save_checkpoint wrote, on the CPU; tensors and plain values only, never code (weights_only)."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:              # a broken zip, pickle or tensor: torch raises half a dozen types for it
+        sorry(f"{path} is not a checkpoint that can be read ({type(e).__name__}); remove it to start anew")
+
+
+def download(url, path, size=None, sha256=None, headers=None):
+    """Fetch url to path, going on from path.part if an earlier run was cut. size in bytes, sha256 in hex: checked if given."""
+    import requests
+    from tqdm import tqdm
+    path = pathlib.Path(path)
+    if path.exists():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    have = part.stat().st_size if part.exists() else 0
+    try:
+        ask = dict(headers or {}, **({"Range": f"bytes={have}-"} if have else {}))
+        with requests.get(url, headers=ask, stream=True, timeout=30) as r:
+            if r.status_code != 416:            # 416: nothing is left to send, the part is already whole
+                r.raise_for_status()
+                have = have if r.status_code == 206 else 0      # 200: the server sends everything from the start
+                total = have + int(r.headers["Content-Length"]) if "Content-Length" in r.headers else None
+                with open(part, "ab" if have else "wb") as f, tqdm(total=total, initial=have, unit="B", unit_scale=True,
+                                                                   desc=path.name, disable=None) as bar:
+                    for block in r.iter_content(1 << 20):
+                        f.write(block)
+                        bar.update(len(block))
+                if total is not None and part.stat().st_size != total:
+                    raise requests.ConnectionError("the connection ended early")
+    except requests.RequestException as e:
+        code = getattr(getattr(e, "response", None), "status_code", None)
+        sorry(f"cannot download {url} ({f'HTTP {code}' if code else type(e).__name__}); what has come so far is kept and the "
+              f"same command goes on, or put the file at {path} yourself")
+    if size is not None and part.stat().st_size != size:
+        sorry(f"{url} gave {part.stat().st_size} bytes, not {size}; remove {part} to try again")
+    if sha256 is not None:
+        with open(part, "rb") as f:
+            found = hashlib.file_digest(f, "sha256").hexdigest()
+        if found != sha256:
+            sorry(f"{part} has sha256 {found}, not {sha256}; remove it to try again")
+    os.replace(part, path)
+    return path
+
+
+def log_result(script, args, seconds, metrics):
+    """Print the one result line of a run and append it, with all that is needed to make it again, to out/results.jsonl."""
+    hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} x{os.cpu_count()}"
+    row = dict(time=time.strftime("%Y-%m-%dT%H:%M:%S"), script=script, flags=vars(args), seed=getattr(args, "seed", None),
+               versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__),
+               hardware=hardware, seconds=round(seconds, 1), metrics=metrics)
+    pathlib.Path("out").mkdir(exist_ok=True)
+    with open("out/results.jsonl", "a") as f:
+        f.write(json.dumps(row, default=str) + "\n")
+    print(f"result {script}: " + "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in metrics.items()))
+
+# ---- part 3: the next token ------------------------------------------------------------------------------------------------
+
+def penalize(scores, ids, penalty):
+    """CTRL's repetition penalty (arXiv 1909.05858): tokens of ids (B, T) become less likely in scores (B, V)."""
+    seen = scores.gather(1, ids)
+    return scores.scatter(1, ids, torch.where(seen < 0, seen * penalty, seen / penalty))
+
+
+def sample(logits, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0, ids=None, generator=None):
+    """logits (B, V) -> next tokens (B,). temperature 0 is greedy; top_k 0 and top_p 1 keep all; ids (B, T) are penalized."""
+    if repetition_penalty != 1.0:
+        logits = penalize(logits, ids, repetition_penalty)
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits / temperature
+    if 0 < top_k < logits.size(-1):
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
+    if top_p < 1.0:
+        p, order = logits.softmax(-1).sort(-1, descending=True)
+        drop = p.cumsum(-1) - p >= top_p            # the mass BEFORE a token: the first one always stays
+        logits = logits.masked_fill(drop.scatter(1, order, drop), -torch.inf)
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+
+
+def beam_search(step, prompt, width, max_new, eos=(), length_penalty=1.0, repetition_penalty=1.0):
+    """The best continuation of prompt (a list of ids) and its score, sum of log-probabilities / length**length_penalty.
+
+    step(ids (W, T), parent (W,)) -> next-token logits (W, V); parent tells which row of the last call each row goes on
+    from, for those who keep a KV cache. Ends as transformers does (early_stopping=False); lengths count eos, not the prompt.
+    """
+    eos = set(eos)
+    ids, scores, parent = torch.tensor([prompt]), torch.zeros(1), torch.zeros(1, dtype=torch.long)
+    done = []                                       # finished (score, ids), best first, at most `width`
+    for n in range(1, max_new + 1):
+        logp = step(ids, parent).float().log_softmax(-1)
+        if repetition_penalty != 1.0:
+            logp = penalize(logp, ids.to(logp.device), repetition_penalty)
+        V = logp.size(1)
+        total = (scores[:, None] + logp.cpu()).flatten()
+        # eos can end at most len(eos) candidates per beam: so many more than width are enough to keep width alive
+        best, at = total.topk(min(max(2, 1 + len(eos)) * width, total.numel()))
+        keep = []
+        for rank, (s, i) in enumerate(zip(best.tolist(), at.tolist())):
+            if i % V in eos or n == max_new:
+                if rank < width:                    # an ending outside the first `width` would not have lived anyway
+                    done.append((s / n**length_penalty, ids[i // V].tolist() + [i % V]))
+            elif len(keep) < width:
+                keep.append((s, i))
+        done = sorted(done, key=lambda d: -d[0])[:width]
+        # stop when no running beam, as it stands, beats the worst of a full set of finished ones
+        if not keep or len(done) == width and keep[0][0] / n**length_penalty <= done[-1][0]:
+            break
+        scores = torch.tensor([s for s, _ in keep])
+        parent = torch.tensor([i // V for _, i in keep])
+        ids = torch.cat([ids[parent], torch.tensor([[i % V] for _, i in keep])], 1)
+    return done[0][1], done[0][0]
+
+# ---- part 4: pictures ------------------------------------------------------------------------------------------------------
+
+class SideView:
+    """A numpy camera that looks at planar capsules from the side: shaded, anti-aliased, over a chequered floor that scrolls.
+    width, height in pixels, both divisible by 16 (video codecs want that); scale in pixels per metre. No OpenGL."""
+
+    def __init__(self, width=640, height=352, scale=150.0):
+        self.w, self.h, self.scale, self.glyphs = width, height, scale, {}
+        self.ground = int(height * 0.74)                        # the row where z = 0 stands
+        down = np.linspace(0, 1, self.ground, dtype=np.float32)[:, None, None]
+        sky = np.float32([126, 172, 214]) * (1 - down) + np.float32([240, 243, 238]) * down
+        self.back = np.empty((height, width, 3), np.float32)
+        self.back[:self.ground], self.back[self.ground:] = sky, np.float32([171, 186, 160])
+        self.column = (np.arange(width, dtype=np.float32) - width / 2) / scale      # metres right of the camera
+        # the floor in perspective: rows nearer to the viewer show larger chequers; in depth they are evenly wide in log(near)
+        near = 1 + np.arange(height - self.ground, dtype=np.float32)[:, None] / 60
+        self.floor_x, self.floor_row = self.column / near, np.clip(np.sin(np.pi * 2.2 * np.log(near)) * 8, -1, 1)
+        self.floor_edge = scale * near                          # pixels per metre there: the rims are blurred by one pixel
+
+    def frame(self, capsules, colors, camera, lines=()):
+        """capsules (n, 5): x0, z0, x1, z1, radius in metres; colors (n, 3) in 0..255; camera: x in the middle of the picture;
+        lines: texts from the top left. -> (height, width, 3) uint8."""
+        img, g = self.back.copy(), self.ground
+        # hills move at a fifth of the speed: the eye reads the speed off the difference
+        far = self.column + np.float32(camera * 0.2)
+        for base, amp, color in ((52, 16, (176, 199, 205)), (26, 11, (142, 176, 164))):
+            top = base + amp * (np.sin(far * (40 / base)) + 0.6 * np.sin(far * (91 / base) + 1))
+            band = img[g - base - 2 * amp:g]
+            cover = np.clip(np.arange(len(band))[::-1, None] * -1.0 + top, 0, 1).astype(np.float32)[..., None]
+            band += cover * (np.float32(color) - band)
+        wave = np.abs((self.floor_x + np.float32(camera)) % 2 - 1)                  # 1 m chequers: crosses 1/2 at their rims
+        floor = np.clip((0.5 - wave) * self.floor_edge, -1, 1) * self.floor_row
+        img[g:] += floor[..., None] * np.float32([17, 15, 17])
+        for x0, _, x1, _, r in capsules:                        # a soft shadow under each
+            middle, half = (x0 + x1) / 2 - camera, abs(x1 - x0) / 2 + r
+            d = ((self.column - np.float32(middle)) / half)**2 + ((np.arange(16, dtype=np.float32)[:, None] - 6) / 8)**2
+            img[g:g + 16] *= (1 - 0.18 * np.clip(1 - d, 0, 1))[..., None]
+        for capsule, color in zip(capsules, colors):
+            self._capsule(img, capsule, np.float32(color), camera)
+        img = img.astype(np.uint8)
+        for i, line in enumerate(lines):
+            self.text(img, line, 14, 10 + 24 * i)
+        return img
+
+    def _capsule(self, img, capsule, color, camera):
+        x0, z0, x1, z1, r = capsule
+        p = np.float32([self.w / 2 + (x0 - camera) * self.scale, self.ground - z0 * self.scale])
+        v = np.float32([(x1 - x0) * self.scale, (z0 - z1) * self.scale])            # along the axis, in pixels, y down
+        r = np.float32(r * self.scale)
+        left, top = np.floor(np.minimum(p, p + v) - r - 1).clip(0, (self.w, self.h)).astype(int)
+        right, bottom = np.ceil(np.maximum(p, p + v) + r + 2).clip(0, (self.w, self.h)).astype(int)
+        if left >= right or top >= bottom:
+            return
+        dx = np.arange(left, right, dtype=np.float32)[None] - p[0]
+        dy = np.arange(top, bottom, dtype=np.float32)[:, None] - p[1]
+        along = np.clip((dx * v[0] + dy * v[1]) / max(float(v @ v), 1e-6), 0, 1)    # nearest point of the axis
+        nx, ny = (dx - along * v[0]) / r, (dy - along * v[1]) / r                   # outward, length 1 at the surface
+        d2 = nx * nx + ny * ny
+        nz = np.sqrt(np.clip(1 - d2, 0, 1))                                         # towards the viewer
+        light = np.clip(0.55 - 0.16 * nx - 0.26 * ny + 0.32 * nz, 0, 1.25)
+        shine = 70 * np.clip(-0.35 * nx - 0.62 * ny + 0.70 * nz, 0, 1)**24
+        cover = np.clip((1 - np.sqrt(d2)) * r + 0.5, 0, 1)[..., None]               # signed distance: a rim one pixel soft
+        box = img[top:bottom, left:right]
+        box += cover * (np.clip(color * light[..., None] + shine[..., None], 0, 255) - box)
+
+    def text(self, img, line, x, y, color=(28, 36, 44)):
+        """Write line into img (H, W, 3) uint8 at pixel (x, y); each glyph is drawn once and kept."""
+        for ch in line:
+            if ch not in self.glyphs:
+                from PIL import Image, ImageDraw, ImageFont
+                font = ImageFont.load_default(size=19)
+                tile = Image.new("L", (max(1, round(font.getlength(ch))), 26))
+                ImageDraw.Draw(tile).text((0, 2), ch, font=font, fill=255)
+                self.glyphs[ch] = np.asarray(tile, np.float32)[..., None] / 255
+            g = self.glyphs[ch]
+            x1, y1 = min(x + g.shape[1], self.w), min(y + g.shape[0], self.h)
+            if x1 > x and y1 > y:
+                box = img[y:y1, x:x1]
+                box[:] = box + g[:y1 - y, :x1 - x] * (np.array(color) - box)
+            x += g.shape[1]
+
+
+def cheetah_capsules(model, data):
+    """HalfCheetah's bodies from MuJoCo's geom positions, for SideView.frame: capsules (8, 5), colors (8, 3), far ones first."""
+    half = model.geom_size[1:, 1:2] * data.geom_xmat[1:].reshape(-1, 3, 3)[:, :, 2]             # geom 0 is the floor
+    a, b = data.geom_xpos[1:] - half, data.geom_xpos[1:] + half
+    order = [2, 3, 4, 0, 1, 5, 6, 7]                # back leg (thigh, shin, foot), torso, head, front leg
+    colors = [(168, 98, 44), (158, 88, 38), (146, 78, 34), (231, 157, 66), (239, 174, 88), (214, 138, 56), (202, 124, 48), (190, 110, 42)]
+    return np.concatenate([a[:, ::2], b[:, ::2], model.geom_size[1:, :1]], 1)[order], colors
+
+
+def write_video(path, frames, fps=20):
+    """frames: an iterable of (H, W, 3) uint8, H and W divisible by 16 -> an mp4 (H.264) at path. 20 fps is HalfCheetah's time."""
+    import imageio.v2 as imageio
+    with whole_file(path) as part:
+        with imageio.get_writer(part, fps=fps, codec="libx264", macro_block_size=16, quality=None,
+                                output_params=["-crf", "23", "-preset", "veryfast"]) as w:
+            for frame in frames:
+                w.append_data(frame)
+    return path

@@ -29,6 +29,8 @@ class Flags(argparse.ArgumentParser):
         self.add_argument(f"--{name}", default=default, help=f"{why} [{default}]".replace("%", "%%"), **kw)
 
     def error(self, message):
+        if message.startswith("unrecognized"):      # their values may be secrets: a key typed after a wrong flag
+            message = "there is no flag " + ", ".join(x.split("=")[0] for x in message.split() if x.startswith("-")) or message
         sorry(f"{message} (--help lists the flags)")
 
 
@@ -133,7 +135,76 @@ def log_result(script, args, seconds, metrics):
         f.write(json.dumps(row, default=str) + "\n")
     print(f"result {script}: " + "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in metrics.items()))
 
-# ---- part 3: the next token ------------------------------------------------------------------------------------------------
+# ---- part 3: HalfCheetah's episodes ----------------------------------------------------------------------------------------
+
+class Episodes:
+    """Episodes end to end: obs (N, 17), act (N, 6), rew (N,), float32, N steps in all; first, length (E,) of each episode."""
+    def __init__(self, obs, act, rew, length):
+        self.obs, self.act, self.rew, self.length = obs, act, rew, np.asarray(length)
+        self.first = np.cumsum(self.length) - self.length
+        self.returns = np.add.reduceat(rew, self.first, dtype=np.float64)
+
+
+def read_episodes(path):
+    """Read a .hdf5 in Minari's layout (groups episode_<i>) or D4RL's (flat arrays) -> Episodes. Broken files get a sentence."""
+    import h5py
+    path = pathlib.Path(path)
+
+    def array(node, name, *shape):
+        x = node[name]
+        if x.size * x.dtype.itemsize > 1000 * path.stat().st_size:      # a flipped bit in a shape would ask for terabytes
+            raise ValueError(f"{name} claims {x.size} numbers")
+        x = np.asarray(x[()], np.float32)
+        if not shape and x.shape == (len(x), 1):                        # D4RL's rewards may be a column
+            x = x[:, 0]
+        if x.shape[1:] != shape or not np.isfinite(x).all():
+            raise ValueError(f"{name} {x.shape} is not of shape (steps, {', '.join(map(str, shape))}) or not finite")
+        return x
+
+    try:
+        with h5py.File(path, "r") as f:
+            groups = sorted((k for k in f if k.startswith("episode_")), key=lambda k: int(k[8:]))
+            if groups:
+                parts = [(array(f[k], "observations", 17), array(f[k], "actions", 6), array(f[k], "rewards")) for k in groups]
+                if not all(len(o) == len(a) + 1 == len(r) + 1 > 1 for o, a, r in parts):
+                    raise ValueError("an episode's arrays do not fit each other")
+                obs, act, rew = np.concatenate([o[:-1] for o, _, _ in parts]), *(np.concatenate([p[i] for p in parts]) for i in (1, 2))
+                length = [len(r) for _, _, r in parts]
+            else:
+                obs, act, rew = array(f, "observations", 17), array(f, "actions", 6), array(f, "rewards")
+                ends = array(f, "timeouts") if "timeouts" in f else np.arange(1, len(rew) + 1) % 1000 == 0
+                ends = np.logical_or(ends, array(f, "terminals") if "terminals" in f else False)
+                if not len(obs) == len(act) == len(rew) == len(ends) or not ends.any():
+                    raise ValueError("its arrays do not fit each other, or no episode in it ends")
+                length = np.diff(np.flatnonzero(ends), prepend=-1)
+                N = length.sum()                    # a tail without an end has no known return: dropped
+                obs, act, rew = obs[:N], act[:N], rew[:N]
+    except Exception as e:                          # h5py raises OSError, KeyError, RuntimeError, TypeError, ... for broken files
+        sorry(f"{path} is not a HalfCheetah data set that can be read ({e})")
+    return Episodes(obs, act, rew, length)
+
+
+def write_episodes(path, obs, act, rew):
+    """obs (E, T+1, 17), act (E, T, 6), rew (E, T) -> path in Minari's layout, and what minari.MinariDataset(folder) wants."""
+    import gymnasium, h5py
+    from tqdm import tqdm
+    E, T = rew.shape
+    ends = dict(terminations=np.zeros(T, bool), truncations=np.arange(T) == T - 1)      # it never terminates: time runs out
+    with whole_file(path) as part, h5py.File(part, "w") as f:
+        for i in tqdm(range(E), desc="writing", unit="episode", disable=None):
+            group = f.create_group(f"episode_{i}")
+            group.attrs["id"], group.attrs["total_steps"] = i, T
+            for name, x in dict(observations=obs[i], actions=act[i], rewards=rew[i], **ends).items():
+                group.create_dataset(name, data=x, chunks=x.shape, fletcher32=True)     # checksums: flipped bits are noticed
+    box = lambda n, bound: json.dumps(dict(type="Box", dtype="float32", shape=[n], low=[-bound] * n, high=[bound] * n))
+    with whole_file(path.with_name("metadata.json")) as part:
+        part.write_text(json.dumps(dict(
+            total_episodes=E, total_steps=E * T, data_format="hdf5", dataset_id="mujoco/halfcheetah/ladder-v0", minari_version="0.5.4",
+            observation_space=box(17, float("inf")), action_space=box(6, 1.0), env_spec=gymnasium.spec("HalfCheetah-v5").to_json())))
+    if not (main := path.with_name("main_data.hdf5")).exists():
+        main.symlink_to(path.name)
+
+# ---- part 4: the next token ------------------------------------------------------------------------------------------------
 
 def penalize(scores, ids, penalty):
     """CTRL's repetition penalty (arXiv 1909.05858): tokens of ids (B, T) become less likely in scores (B, V)."""
@@ -190,7 +261,7 @@ def beam_search(step, prompt, width, max_new, eos=(), length_penalty=1.0, repeti
         ids = torch.cat([ids[parent], torch.tensor([[i % V] for _, i in keep])], 1)
     return done[0][1], done[0][0]
 
-# ---- part 4: pictures ------------------------------------------------------------------------------------------------------
+# ---- part 5: pictures ------------------------------------------------------------------------------------------------------
 
 class SideView:
     """A numpy camera that looks at planar capsules from the side: shaded, anti-aliased, over a chequered floor that scrolls.

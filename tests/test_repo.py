@@ -1,0 +1,76 @@
+"""The README and the house: what is written about the scripts is what they are."""
+import ast, re, subprocess, sys
+
+import pytest
+
+from conftest import ROOT
+
+README = (ROOT / "README.md").read_text() if (ROOT / "README.md").exists() else ""
+SCRIPTS = sorted(p.name for p in ROOT.glob("*.py") if p.name != "common.py")
+
+
+@pytest.fixture(scope="module")
+def helps():
+    return {s: subprocess.run([sys.executable, s, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60) for s in SCRIPTS}
+
+
+def test_every_script_has_help_with_smoke_and_a_why_for_each_flag(helps):
+    for script, r in helps.items():
+        assert r.returncode == 0, r.stderr
+        assert "--smoke" in r.stdout and "--seed" in r.stdout, script
+        tree = ast.parse((ROOT / script).read_text())
+        flags = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and getattr(n.func, "attr", "") == "flag"]
+        assert flags and all(len(n.args) >= 3 for n in flags), f"{script}: a flag without a why"
+
+
+def test_the_readmes_commands_and_flags_exist(helps):
+    commands = re.findall(r"python ((?:tests/bench/)?\w+\.py)((?: +[^\s`|#]+)*)", README)
+    assert any(c[0] == "dt_cheetah.py" for c in commands)
+    for script, flags in commands:
+        assert (ROOT / script).exists(), script
+        for flag in re.findall(r"(--[a-z_0-9]+)", flags):
+            if script in helps:
+                assert re.search(rf"{flag}\b", helps[script].stdout), f"{script} has no {flag}"
+    for script, text in re.findall(r"(\w+\.py)`? takes `(--\w+)", README):
+        assert text in helps[script].stdout
+
+
+def test_the_two_set_up_lines():
+    lines = [line.strip() for line in README.splitlines()]
+    assert "pip install -r requirements.txt && python dt_cheetah.py --target_rew 1200" in lines
+    assert "pip install -r requirements.txt -r tests/requirements.txt && python -m pytest tests" in lines
+
+
+def test_the_readmes_line_counts():
+    counts = re.findall(r"\[(\w+\.py)\]\(\w+\.py\) \| (\d+) \|", README)
+    assert sorted(s for s, _ in counts) == SCRIPTS
+    for script, n in counts:
+        assert int(n) == len((ROOT / script).read_text().splitlines()), script
+
+
+def test_the_readmes_pictures_are_there_and_small():
+    assets = re.findall(r"\]\((assets/[^)]+)\)", README)
+    assert assets and all((ROOT / a).exists() for a in assets)
+    assert sum(p.stat().st_size for p in (ROOT / "assets").iterdir()) < 2_000_000
+
+
+def test_no_script_imports_another():
+    names = {s[:-3] for s in SCRIPTS}
+    for script in [*SCRIPTS, "common.py"]:
+        for node in ast.walk(ast.parse((ROOT / script).read_text())):
+            imported = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) else []
+            assert not names & set(imported), script
+
+
+def test_importing_a_script_runs_nothing(tmp_path):
+    for script in SCRIPTS:
+        r = subprocess.run([sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {script[:-3]}"],
+                           cwd=tmp_path, capture_output=True, text=True, timeout=60)
+        assert r.returncode == 0 and not r.stdout and not r.stderr and not list(tmp_path.iterdir()), r.stderr
+
+
+def test_requirements_are_pinned():
+    for name in ("requirements.txt", "tests/requirements.txt"):
+        for line in (ROOT / name).read_text().splitlines():
+            if line.strip() and not line.startswith("#"):
+                assert re.fullmatch(r"[\w.\-]+(\[\w+\])?==[\w.]+", line.strip()), line

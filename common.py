@@ -85,6 +85,15 @@ def load_checkpoint(path):
         sorry(f"{path} is not a checkpoint that can be read ({type(e).__name__}); remove it to start anew")
 
 
+def load_arrays(path):
+    """An .npz as a dict of arrays; a missing or broken one gets a sentence."""
+    try:
+        with np.load(path) as z:
+            return dict(z)
+    except Exception as e:                          # zipfile, zlib and numpy each have errors of their own
+        sorry(f"{path} cannot be read ({type(e).__name__}: {e})")
+
+
 def download(url, path, size=None, sha256=None, headers=None):
     """Fetch url to path, going on from path.part if an earlier run was cut. size in bytes, sha256 in hex: checked if given."""
     import requests
@@ -133,7 +142,7 @@ def log_result(script, args, seconds, metrics):
     pathlib.Path("out").mkdir(exist_ok=True)
     with open("out/results.jsonl", "a") as f:
         f.write(json.dumps(row, default=str) + "\n")
-    print(f"result {script}: " + "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in metrics.items()))
+    print(f"result {script}: " + "  ".join(f"{k} {v:.6g}" if isinstance(v, float) else f"{k} {v}" for k, v in metrics.items()))
 
 # ---- part 3: HalfCheetah's episodes ----------------------------------------------------------------------------------------
 
@@ -350,6 +359,32 @@ def cheetah_capsules(model, data):
     order = [2, 3, 4, 0, 1, 5, 6, 7]                # back leg (thigh, shin, foot), torso, head, front leg
     colors = [(168, 98, 44), (158, 88, 38), (146, 78, 34), (231, 157, 66), (239, 174, 88), (214, 138, 56), (202, 124, 48), (190, 110, 42)]
     return np.concatenate([a[:, ::2], b[:, ::2], model.geom_size[1:, :1]], 1)[order], colors
+
+
+def draw_episode(model, diary, renderer="numpy"):
+    """diary: (qpos (9,), return so far, target) per step of 0.05 s -> frames (352, 640, 3) uint8 of HalfCheetah, by SideView or,
+    where OpenGL works, by MuJoCo's own renderer. model: the MjModel."""
+    import mujoco
+    view, data, gl = SideView(), mujoco.MjData(model), None
+    if renderer == "mujoco":
+        try:
+            gl = mujoco.Renderer(model, view.h, view.w)
+        except Exception as e:                      # no GL library, no display, no device: each its own error
+            print(f"no OpenGL here ({type(e).__name__}): drawing with numpy instead", file=sys.stderr)
+    for step, (qpos, earned, target) in enumerate(diary):
+        data.qpos[:] = qpos
+        mujoco.mj_forward(model, data)
+        back = max(0, step - 20)                    # the speed of the last second
+        speed = (qpos[0] - diary[back][0][0]) / (0.05 * max(1, step - back))
+        lines = [f"target {target:.0f}", f"return {earned:.0f}", f"{speed:.1f} m/s"]
+        if gl is None:
+            yield view.frame(*cheetah_capsules(model, data), qpos[0], lines)
+        else:
+            gl.update_scene(data, camera="track")
+            frame = gl.render().copy()
+            for i, line in enumerate(lines):
+                view.text(frame, line, 14, 10 + 24 * i, color=(250, 250, 250))
+            yield frame
 
 
 def write_video(path, frames, fps=20):

@@ -238,7 +238,7 @@ def search(args, file):
     """Find the ladder from --search_seed alone: one fast gait, then rung by rung its neighbours, up to the fastest and down
     past standing still. Every try is kept in out/search.npz: kill it and it goes on. Writes file (.npz)."""
     path = OUT / "search.npz"
-    z = load_arrays(path) if path.exists() else {}
+    z = common.load_arrays(path) if path.exists() else {}
 
     def save(**more):
         z.update(more)
@@ -248,7 +248,7 @@ def search(args, file):
     if "W" not in z:
         W, b = fast_gait(args, z, save)
         rew = play(W[None].repeat(16, 0), b[None].repeat(16, 0), starts(16, np.random.default_rng(0)), 300)[2]
-        save(W=W, b=b, first=np.round(rew.mean(), 1), i=0, tries=0, rough=True, Ws=np.empty((0, A_DIM, S_DIM)), bs=np.empty((0, A_DIM)),
+        save(W=W, b=b, first=np.round(rew.mean(), 1), i=0, tries=0, rough=True, vetted=0, failed=np.empty(0), Ws=np.empty((0, A_DIM, S_DIM)), bs=np.empty((0, A_DIM)),
              found=np.empty((0, 2)), running=np.empty((0, 16, 19)))
     # finer where the gaits are slow: there a rung is a larger share of what is asked
     speeds = np.concatenate([np.arange(-0.25, 1.1, 0.09), np.arange(1.1, 3.0, 0.12), np.arange(3.0, 5.8, 0.16), np.arange(5.8, 6.4, 0.08)])
@@ -281,24 +281,35 @@ def search(args, file):
             save(W=W, b=b, i=len(up) if i < len(up) else i + 1, tries=0)
         bar.update(int(z["i"]) - bar.n)
     bar.close()
+    # who passes one of sixteen tests may have been lucky: 96 new episodes each, and those that fail are the next lesson
+    bar = tqdm(total=len(z["Ws"]), initial=int(z["vetted"]), desc="vetting", unit="gait", disable=None)
+    while z["vetted"] < len(z["Ws"]):
+        g, tries = int(z["vetted"]), int(z["tries"])
+        W, b, rng = z["Ws"][g], z["bs"][g], np.random.default_rng((args.search_seed, g, tries, 1))
+        start = starts(96, rng)
+        obs, _, rew, _ = play(W[None].repeat(96, 0), b[None].repeat(96, 0), start, T_DATA)
+        ret = rew.sum(1)
+        bad = ~upright(obs)[:, -1] | (np.abs(ret - np.median(ret)) > 200)
+        z["found"][g] = ret.mean(), ret.std()
+        if bad.any() and tries + 1 < args.search_tries:
+            z["Ws"][g], z["bs"][g] = gait_near(W, b, rew[~bad, 300:].mean(), start[bad], args, rng)
+            save(tries=tries + 1)
+        else:
+            save(tries=0, vetted=g + 1, failed=np.append(z["failed"], bad.sum()))
+            bar.update()
+    bar.close()
     order = np.argsort(z["found"][:, 0])
+    order = order[(z["failed"][order] == 0) & (z["found"][order, 1] < 60)]
+    if not len(order):
+        sorry("no gait passed its last test; another --search_seed may do better")
     with common.whole_file(file) as part:
         np.savez_compressed(part, W=np.float32(z["Ws"][order]), b=np.float32(z["bs"][order]), returns=np.float32(z["found"][order]))
     print(f"{len(order)} gaits that earn {z['found'][order[0], 0]:.0f} to {z['found'][order[-1], 0]:.0f}: {file}, for --ladder")
 
 
-def load_arrays(path):
-    """An .npz as a dict of arrays; a missing or broken one gets a sentence."""
-    try:
-        with np.load(path) as z:
-            return dict(z)
-    except Exception as e:                          # zipfile, zlib and numpy each have errors of their own
-        sorry(f"{path} cannot be read ({type(e).__name__}: {e})")
-
-
 def collect(args, path):
     """Replay every gait of the ladder, with noise on its actions and from other gaits' mid-run states, into path (.hdf5)."""
-    z = load_arrays(args.ladder)
+    z = common.load_arrays(args.ladder)
     W, b = z["W"].astype(np.float64), z["b"].astype(np.float64)
     G, each, folder = len(W), min(6, args.ladder_episodes), path.with_suffix(".parts")
     gait, n = np.arange(G).repeat(each), each * G
@@ -320,7 +331,7 @@ def collect(args, path):
                 np.savez(part, obs=obs[ok], act=act[ok], rew=rew[ok])
         bar.update(n * T_DATA)
     bar.close()
-    parts = [load_arrays(file) for file in files]
+    parts = [common.load_arrays(file) for file in files]
     obs, act, rew = (np.concatenate([p[k] for p in parts]) for k in ("obs", "act", "rew"))
     print(f"collected: {len(rew)} of {len(files) * n} episodes stayed on their feet")
     common.write_episodes(path, obs, act, rew)
@@ -521,18 +532,21 @@ def train(args, condition, data, file, device):
 
 @torch.inference_mode()
 def evaluate(model, targets, args, device):
-    """One episode per entry of targets (n,), all at once, each from its own start. -> what they earned (n,), who fell (n,)
-    bool, and the first one's diary: a list of (qpos (9,), return so far, target)."""
+    """One episode per entry of targets (n,), all at once, each from its own start. -> what was asked of them in the end (n,):
+    the targets, if no schedule changed them; what they earned (n,); who ever pitched over (n,) bool; and the first one's
+    diary: a list of (qpos (9,), return so far, target)."""
     n, K, H, rng = len(targets), args.context, args.max_steps, np.random.default_rng(10_000 + args.seed)
     sim, schedule = Cheetahs(n), dict(args.target_schedule)
     obs, targets = sim.reset(rng, args.start_noise), np.array(targets, float)
     owed, earned, fell, diary = targets.copy(), np.zeros(n), np.zeros(n, bool), []
+    asked = owed.copy()
     r, s, a = (torch.zeros(n, K, *shape, device=device) for shape in ((), (S_DIM,), (A_DIM,)))
     t, valid = torch.zeros(n, K, dtype=torch.long, device=device), torch.zeros(n, K, dtype=torch.bool, device=device)
     for step in range(H):
         if step in schedule:                                    # from here on at the pace of another target
             targets[:] = schedule[step]
             owed = targets * (H - step) / H
+            asked = earned + owed
         if args.push and step % 200 == 100:
             sim.state[:, 10:13] += args.push * rng.standard_normal((n, 3))
             obs = sim.state[:, 2:]
@@ -544,32 +558,7 @@ def evaluate(model, targets, args, device):
         obs, reward = sim.step(a[:, -1].double().cpu().numpy())
         earned, owed, fell = earned + reward, owed - reward, fell | (np.abs(obs[:, 1]) > 1.2)
         diary.append((sim.state[0, 1:10].copy(), earned[0], targets[0]))
-    return earned, fell, diary
-
-
-def draw(diary, renderer):
-    """An episode's diary -> frames (352, 640, 3) uint8, by our own renderer or MuJoCo's."""
-    import mujoco
-    view, model, data, gl = common.SideView(), Cheetahs.model, mujoco.MjData(Cheetahs.model), None
-    if renderer == "mujoco":
-        try:
-            gl = mujoco.Renderer(model, view.h, view.w)
-        except Exception as e:                                  # no GL library, no display, no device: each its own error
-            print(f"no OpenGL here ({type(e).__name__}): drawing with numpy instead", file=sys.stderr)
-    for step, (qpos, earned, target) in enumerate(diary):
-        data.qpos[:] = qpos
-        mujoco.mj_forward(model, data)
-        back = max(0, step - 20)
-        speed = (qpos[0] - diary[back][0][0]) / (DT * max(1, step - back))
-        lines = [f"target {target:.0f}", f"return {earned:.0f}", f"{speed:.1f} m/s"]
-        if gl is None:
-            yield view.frame(*common.cheetah_capsules(model, data), qpos[0], lines)
-        else:
-            gl.update_scene(data, camera="track")
-            frame = gl.render().copy()
-            for i, line in enumerate(lines):
-                view.text(frame, line, 14, 10 + 24 * i, color=(250, 250, 250))
-            yield frame
+    return asked, earned, fell, diary
 
 
 def figure(rows, path):
@@ -593,36 +582,36 @@ def figure(rows, path):
 
 # ---- main ------------------------------------------------------------------------------------------------------------------
 
+def checkpoint(args, condition):
+    """A model's file is named after all that shaped it: other flags make another model, the same flags find it again."""
+    shape = {k: getattr(args, k) for k in ("dataset ladder_episodes action_noise cross_start n_layer n_head n_embd context dropout "
+                                           "steps batch_size lr warmup weight_decay grad_clip seed").split()}
+    gaits = pathlib.Path(args.ladder).read_bytes() if args.dataset == "ladder" else b""
+    return OUT / f"dt_cheetah_{condition}_{hashlib.sha256(json.dumps(shape).encode() + gaits).hexdigest()[:8]}.pt"
+
+
 def main():
     args, began, device = get_args(), time.time(), common.pick_device()
     if args.search:
         return search(args, OUT / "cheetah_ladder.npz")
     print(f"device {device}, {torch.get_num_threads()} threads, float32")
     data, rows = functools.cache(lambda: find_dataset(args)), []        # read once, and only if there is training to do
-    asked = np.repeat(args.targets, args.episodes)
     for condition in dict.fromkeys([args.condition, *args.baseline]):
-        # a model's name carries the flags that shaped it: other flags make another model, the same flags find it again
-        shape = {k: getattr(args, k) for k in ("dataset ladder_episodes action_noise cross_start n_layer n_head n_embd context "
-                 "dropout steps batch_size lr warmup weight_decay grad_clip seed").split()}
-        gaits = pathlib.Path(args.ladder).read_bytes() if args.dataset == "ladder" else b""
-        key = hashlib.sha256(json.dumps(shape).encode() + gaits).hexdigest()[:8]
-        model, seconds = train(args, condition, data, OUT / f"dt_cheetah_{condition}_{key}.pt", device)
-        got, fell, diary = evaluate(model, asked, args, device)
-        rows.append((NAMES[condition], asked, got, fell, diary))
+        model, seconds = train(args, condition, data, checkpoint(args, condition), device)
+        asked, got, fell, diary = evaluate(model, np.repeat(args.targets, args.episodes), args, device)
+        error = abs(got - asked) / np.maximum(abs(asked), 1)
+        rows.append((NAMES[condition], asked, got, fell, error, diary))
         print(f"\n{NAMES[condition]} ({sum(p.numel() for p in model.parameters()):,} parameters, {seconds:.0f} s of training)\n"
-              "target    reached            error    fell")
-        for target in args.targets:
-            g, f = got[asked == target], fell[asked == target]
-            print(f"{target:6.0f}   {g.mean():7.1f} +- {g.std():6.1f}  {abs(g - target).mean() / abs(target):7.2%}  {f.sum():3d}/{len(f)}")
-    _, _, got, fell, diary = rows[0]                                    # the policy asked for, not its baselines
-    if len(args.targets) == 1:
-        metrics = dict(target=args.targets[0], reached=f"{got.mean():.1f} +- {got.std():.1f}", episodes=len(got), fell=int(fell.sum()))
-    else:
-        error = abs(got - asked) / abs(asked)
-        metrics = dict(targets=len(args.targets), mean_error=f"{error.mean():.2%}", episodes=len(got), fell=int(fell.sum()),
-                       figure=str(figure([row[:3] for row in rows], OUT / "dt_cheetah_targets.png")))
+              " asked    reached            error    fell")
+        for x, g, e, f in zip(*(z.reshape(-1, args.episodes) for z in (asked, got, error, fell))):
+            print(f"{x.mean():6.0f}   {g.mean():7.1f} +- {g.std():6.1f}  {e.mean():7.2%}  {f.sum():3d}/{len(f)}")
+    _, asked, got, fell, error, diary = rows[0]                         # the policy asked for, not its baselines
+    metrics = dict(asked=round(asked[0], 1), reached=round(got.mean(), 1), std=round(got.std(), 1))
+    if len(args.targets) > 1:
+        metrics = dict(targets=len(args.targets), figure=str(figure([row[:3] for row in rows], OUT / "dt_cheetah_targets.png")))
+    metrics.update(error_percent=round(100 * error.mean(), 2), episodes=len(got), fell=int(fell.sum()))
     if args.video:
-        film = draw(diary[:args.video_steps], args.renderer)
+        film = common.draw_episode(Cheetahs.model, diary[:args.video_steps], args.renderer)
         metrics["video"] = str(common.write_video(OUT / f"dt_cheetah_{args.targets[0]:.0f}.mp4", film))
     common.log_result("dt_cheetah.py", args, time.time() - began, metrics)
 

@@ -39,7 +39,7 @@ def show(title, unit, speeds, ours, asked):
 
 def collection():
     import gymnasium, mujoco, mujoco.rollout
-    z, n, T = dt.load_arrays(LADDER), 240, 100
+    z, n, T = common.load_arrays(LADDER), 240, 100
     gait = np.arange(n) % len(z["W"])
     W, b, rng = z["W"][gait].astype(float), z["b"][gait].astype(float), np.random.default_rng(0)
     start = dt.starts(n, rng)
@@ -101,7 +101,7 @@ def training(dropout):
 def pictures():
     import mujoco
     dt.Cheetahs(1)
-    z = dt.load_arrays(LADDER)
+    z = common.load_arrays(LADDER)
     sim, data, view, poses = dt.Cheetahs(1), mujoco.MjData(dt.Cheetahs.model), common.SideView(), []
     obs = sim.reset(np.random.default_rng(0))
     for t in range(100):

@@ -1,0 +1,46 @@
+"""The README's pictures, made from the default model: python tests/bench/pictures.py (after python dt_cheetah.py, with its flags)
+
+assets/cheetah.gif: one model asked for 600, 2400 and 4800, side by side, from standing still
+assets/targets.png: what python dt_cheetah.py --targets 200:5000:200 --episodes 4 --baseline rtg bc drew last
+"""
+import pathlib, shutil, sys
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+import mujoco
+import numpy as np
+from PIL import Image
+
+import common
+import dt_cheetah as dt
+
+
+def cheetah(targets=(600.0, 2400.0, 4800.0), begin=0, steps=150, every=2):
+    args, panels = dt.get_args(["--episodes", "1"]), []
+    model, _ = dt.train(args, "rate", lambda: dt.find_dataset(args), dt.checkpoint(args, "rate"), "cpu")
+    for target in targets:
+        *_, diary = dt.evaluate(model, [target], args, "cpu")
+        view, data, frames = common.SideView(320, 192, 80), mujoco.MjData(dt.Cheetahs.model), []
+        for step in range(begin, begin + steps, every):
+            qpos, earned, _ = diary[step]
+            data.qpos[:] = qpos
+            mujoco.mj_forward(dt.Cheetahs.model, data)
+            speed = (qpos[0] - diary[max(0, step - 20)][0][0]) / (dt.DT * max(1, min(step, 20)))
+            frames.append(view.frame(*common.cheetah_capsules(dt.Cheetahs.model, data), qpos[0], [f"asked for {target:.0f}", f"{speed:.1f} m/s"]))
+        panels.append(frames)
+    gap = np.full((192, 8, 3), 255, np.uint8)
+    movie = [np.concatenate([p[0], gap, p[1], gap, p[2]], 1) for p in zip(*panels)]
+    palette = Image.fromarray(np.concatenate(movie[::10])).quantize(96, dither=Image.Dither.NONE)
+    pictures = [Image.fromarray(m).quantize(palette=palette, dither=Image.Dither.NONE) for m in movie]
+    pictures[0].save(ROOT / "assets/cheetah.gif", save_all=True, append_images=pictures[1:], duration=int(1000 * dt.DT * every), loop=0, optimize=True)
+    return movie
+
+
+if __name__ == "__main__":
+    (ROOT / "assets").mkdir(exist_ok=True)
+    cheetah()
+    figure = dt.OUT / "dt_cheetah_targets.png"
+    if figure.exists():
+        shutil.copy(figure, ROOT / "assets/targets.png")
+    for p in sorted((ROOT / "assets").iterdir()):
+        print(f"{p.name}: {p.stat().st_size / 1e6:.2f} MB")

@@ -3,7 +3,7 @@
 Next-token sampling, beam search, a small numpy renderer and mp4 writer, files that are never half-written, and errors
 that are one sentence. Nothing here has an idea in it; copy it beside any script of this repository and the script runs.
 """
-import argparse, contextlib, hashlib, json, os, pathlib, platform, sys, time
+import argparse, contextlib, glob, hashlib, json, os, pathlib, platform, sys, time
 
 import numpy as np
 import torch
@@ -57,6 +57,8 @@ def whole_file(path):
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.stem}.part{os.getpid()}{path.suffix}")   # the suffix stays: writers go by it
+    for old in path.parent.glob(f"{glob.escape(path.stem)}.part*{path.suffix}"):
+        old.unlink(missing_ok=True)                     # of a run that was killed while it wrote
     try:
         yield part
         with open(part, "rb+") as f:

@@ -1,7 +1,7 @@
 """The README's pictures, made from the default model: python tests/bench/pictures.py (after python dt_cheetah.py, with its flags)
 
 assets/cheetah.gif: one model asked for 600, 2400 and 4800, side by side, from standing still
-assets/targets.png: what python dt_cheetah.py --targets 200:5000:200 --episodes 4 --baseline rtg bc drew last
+assets/targets.png: what python dt_cheetah.py --targets 200:5000:400 --episodes 3 --baseline rtg bc drew last
 """
 import pathlib, shutil, sys
 

@@ -30,6 +30,7 @@ class Forked:
         if self.pid == 0:
             code = 1
             try:
+                signal.signal(signal.SIGINT, signal.default_int_handler)    # ignored where the tests run in the background
                 os.chdir(cwd)
                 for fd, file in zip((1, 2), self.files):
                     os.dup2(file.fileno(), fd)

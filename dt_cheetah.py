@@ -4,7 +4,7 @@
 
 Measured: 2 cores of an AMD EPYC (Zen 4), torch 2.13, no GPU; seeds 0-2, 10 episodes per target, last checkpoint. Asked for 300, 600,
 1200, 2400, 4800 it reaches 301.1, 601.4, 1200.2, 2397.9, 4796.9 (mean error 0.23%, worst seed and target 0.75%, nobody fell); over
-100, 200, ... 5000 the mean error is 0.19%, the worst target 100 (4.2% in one seed). From nothing to the first video 80-93 s.
+100, 200, ... 5000 the mean error is 0.19%, the worst target 100 (4.2% in one seed). From nothing to the first video 80-94 s.
 Paper: Chen et al. 2021, arXiv 2106.01345. Differs from it in:
 1. the return token carries the reward RATE still to be earned, with sine features; --condition rtg is the paper's return-to-go
 2. the data is a ladder of 55 stable gaits of all speeds (--search), replayed with action noise and from each other's runs

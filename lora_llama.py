@@ -6,7 +6,7 @@
         the same path on the real thing; Llama 3.x, TinyLlama and SmolLM2 go the same way
 
 Each run prints its NF4 error, bits per parameter, the held-out loss before and after, and the shares of held-out answers that
-are exact and that stop by themselves; README has the figures, with their hardware and spread.
+are exact and that stop by themselves; the README says which figures are not measured yet.
 Papers: Llama 2 (arXiv 2307.09288, section 3.1), LoRA (2106.09685), QLoRA (2305.14314), rsLoRA (2312.03732).
 Differs from Llama 2's SFT in: 1. examples packed in one sequence do not see each other; 2. LoRA, not all weights, hence the
     larger learning rate; 3. the loss is a mean over the answer tokens of the whole batch, however the batch is cut up.

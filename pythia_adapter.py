@@ -1,0 +1,541 @@
+"""pythia_adapter.py: a language model's frozen transformer runs HalfCheetah; only its new ends are trained.
+
+    python pythia_adapter.py --target_rew 1200
+
+Default trunk: random:pythia-70m, frozen noise, which needs no network; the real one is --model EleutherAI/pythia-410m.
+Not measured yet.
+"""
+import functools, hashlib, json, math, os, pathlib, re, subprocess, sys, time
+
+import numpy as np
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+import common
+from common import sorry
+
+S_DIM, A_DIM, DT = 17, 6, 0.05          # HalfCheetah-v5: observation, action, seconds per step
+T_DATA, OUT, SAVE_EVERY = 1000, pathlib.Path("out"), 100    # steps of an episode, and length of the timestep embedding
+# Pythia's sizes (Biderman et al. 2023, arXiv 2304.01373, table 1): layers, width, heads
+SHAPES = {"pythia-14m": (6, 128, 4), "pythia-31m": (6, 256, 8), "pythia-70m": (6, 512, 8), "pythia-160m": (12, 768, 12),
+          "pythia-410m": (24, 1024, 16), "pythia-1b": (16, 2048, 8), "pythia-1.4b": (24, 2048, 16), "pythia-2.8b": (32, 2560, 32),
+          "pythia-6.9b": (32, 4096, 32), "pythia-12b": (36, 5120, 40)}
+
+# ---- flags -----------------------------------------------------------------------------------------------------------------
+
+def get_args(argv=None):
+    p = common.Flags(__doc__)
+    # what is asked of the cheetah
+    p.flag("target_rew", 1200.0, "return to run at, summed over the episode")
+    p.flag("targets", None, "several returns, for a table and a figure: 300 600 1200", nargs="+", type=float)
+    p.flag("episodes", 10, "evaluation episodes per target, each from its own start")
+    p.flag("max_steps", T_DATA, "evaluation horizon in steps of 0.05 s; the training data's is 1000")
+    p.flag("dataset", "out/data/cheetah_ladder.hdf5", "episodes, a .hdf5 of Minari or D4RL; dt_cheetah.py is run to make this one")
+    # the trunk
+    p.flag("model", "random:pythia-70m", "random:SHAPE, frozen noise; scratch:SHAPE, trained; a folder or a Hub id such as "
+           f"EleutherAI/pythia-410m, frozen; shapes are {', '.join(SHAPES)}")
+    p.flag("dtype", "auto", "the frozen trunk's; auto is the fastest here: bfloat16 where the hardware multiplies it",
+           choices=["auto", "float32", "bfloat16", "float16"])
+    # the adapter
+    p.flag("adapter", "mlp", "the encoders: mlp (Linear-GELU-Linear, what the original trained) or linear", choices=["mlp", "linear"])
+    p.flag("token_std", 0.03, "spread of a token where it enters the trunk: small, as words are, so that the trunk has a say")
+    p.flag("random_std", 0.06, "spread of the weights of random: and scratch: trunks")
+    p.flag("tune_ln", False, "train the trunk's LayerNorms, too")
+    p.flag("condition", "rate", "rate: reward per step still to earn; rtg: the return-to-go itself", choices=["rate", "rtg"])
+    p.flag("context", 2, "K, the steps that the model sees; a step is three tokens, and each passes all of the trunk")
+    # training
+    p.flag("steps", 2000, "gradient steps")
+    p.flag("batch_size", 32, "windows of K steps per gradient step")
+    p.flag("lr", 1e-3, "AdamW's peak learning rate")
+    p.flag("warmup", 50, "steps up to the peak; a cosine down to a tenth of it follows")
+    p.flag("weight_decay", 1e-4, "AdamW's")
+    p.flag("grad_clip", 1.0, "largest gradient norm")
+    p.flag("seed", 0, "of weights, batches and evaluation starts")
+    # what comes out
+    p.flag("video", True, "write an mp4 of the first episode")
+    p.flag("video_steps", 400, "its length in steps; 20 are a second")
+    p.flag("renderer", "numpy", "numpy works anywhere; mujoco wants a working OpenGL", choices=["numpy", "mujoco"])
+    p.flag("compare", False, "run this and the other policies as processes: one table, one figure")
+    p.flag("smoke", False, "the same path with tiny numbers, under a minute")
+    if "--smoke" in (sys.argv if argv is None else argv):       # its numbers are defaults: other flags still win over them
+        p.set_defaults(dataset="out/data/cheetah_ladder_1_0.05_0.6.hdf5", model="random:pythia-14m", steps=20, episodes=2,
+                       max_steps=100, video_steps=40)
+    args = p.parse_args(argv)
+    for name in ("episodes", "max_steps", "context", "steps", "batch_size", "warmup", "video_steps"):
+        if getattr(args, name) < 1:
+            p.error(f"argument --{name}: must be at least 1")
+    args.targets = args.targets or [args.target_rew]
+    if not all(map(math.isfinite, args.targets)):
+        p.error("argument --targets: must be finite")
+    return args
+
+# ---- the cheetahs and their episodes: as in dt_cheetah.py, which says more ---------------------------------------------------
+
+class Cheetahs:
+    """n HalfCheetah-v5 in one batch, stepped by mujoco.rollout on all cores. state (n, 19): time, 9 qpos, 9 qvel."""
+    model = None
+
+    def __init__(self, n):
+        import mujoco, mujoco.rollout
+        if Cheetahs.model is None:
+            import gymnasium.envs.mujoco
+            xml = pathlib.Path(gymnasium.envs.mujoco.__file__).parent / "assets" / "half_cheetah.xml"
+            model = mujoco.MjModel.from_xml_string(xml.read_text().replace(' settotalmass="14"', ""))   # deprecated: done here
+            mujoco.mj_setTotalmass(model, 14)
+            mujoco.mj_setConst(model, mujoco.MjData(model))
+            model.stat.meaninertia = model.dof_M0.mean()        # scales the solver's tolerance; only the compiler sets it
+            Cheetahs.model = model
+        self.n, self.models, cores, self.spec = n, [self.model] * n, os.cpu_count(), mujoco.mjtState.mjSTATE_CTRL.value
+        self.pool, self.datas = mujoco.rollout.Rollout(nthread=cores), [mujoco.MjData(self.model) for _ in range(cores)]
+
+    def reset(self, rng):
+        """Start states as gymnasium draws them: qpos + U(-0.1, 0.1), qvel + 0.1 N(0, 1). -> observations (n, 17)."""
+        qpos = self.model.qpos0 + rng.uniform(-0.1, 0.1, (self.n, 9))
+        self.state = np.concatenate([np.zeros((self.n, 1)), qpos, 0.1 * rng.standard_normal((self.n, 9))], 1)
+        return self.state[:, 2:]                                # all but time and the x position
+
+    def step(self, action):
+        """action (n, 6), clipped to [-1, 1] -> observations (n, 17), rewards (n,): speed in m/s minus 0.1 |action|^2."""
+        action = np.clip(action, -1, 1)
+        out, _ = self.pool.rollout(self.models, self.datas, self.state, np.repeat(action[:, None], 5, 1), control_spec=self.spec)
+        x, self.state = self.state[:, 1], out[:, -1].copy()     # frame_skip: five steps of 0.01 s under one action
+        return self.state[:, 2:], (self.state[:, 1] - x) / DT - 0.1 * np.square(action).sum(1)
+
+
+def find_dataset(name):
+    """--dataset -> Episodes. What dt_cheetah.py's defaults or its --ladder_episodes 1 make is made by it, in a process."""
+    path, script = pathlib.Path(name), pathlib.Path(__file__).with_name("dt_cheetah.py")
+    made = re.fullmatch(r"out/data/cheetah_ladder(_1_0\.05_0\.6)?\.hdf5", name)
+    if not path.exists() and made and script.exists():
+        flags = "--steps 1 --episodes 1 --max_steps 1 --no-video" + (" --ladder_episodes 1" if made[1] else "")
+        print(f"{path} is not there; dt_cheetah.py makes it: python {script.name} {flags}", flush=True)
+        if subprocess.run([sys.executable, script, *flags.split()], stdout=subprocess.DEVNULL).returncode:
+            sorry("dt_cheetah.py could not make the episodes; its sentence is above")
+    if not path.is_file():
+        sorry(f"{path} is not there: --dataset takes a HalfCheetah .hdf5, of Minari, D4RL or dt_cheetah.py (out/data)")
+    return common.read_episodes(path)
+
+# ---- the trunk: GPT-NeoX (Black et al. 2022, arXiv 2204.06745), which Pythia is ---------------------------------------------
+# B sequences, T tokens, C = n_embd, nh heads of size hs, of which the first `rot` dimensions turn with the position
+
+class Config:
+    """What shapes a GPT-NeoX, from the dict of a config.json; newer ones keep the rotary numbers under rope_parameters."""
+    def __init__(self, c):
+        rope = c.get("rope_parameters") or {}
+        self.n_layer, self.n_embd, self.n_head = c["num_hidden_layers"], c["hidden_size"], c["num_attention_heads"]
+        self.ffn, self.vocab, self.eps = c["intermediate_size"], c.get("vocab_size", 50304), c.get("layer_norm_eps", 1e-5)
+        self.parallel, self.bias = c.get("use_parallel_residual", True), c.get("attention_bias", True)
+        either = {**c, **rope}              # rotary_pct and rotary_emb_base are the old names, and Pythia's
+        self.theta = float(either.get("rope_theta") or either.get("rotary_emb_base") or 10_000)
+        self.hs = self.n_embd // self.n_head
+        self.rot = int(self.hs * (either.get("partial_rotary_factor") or either.get("rotary_pct") or 0.25))
+        kind = rope.get("rope_type") or (c.get("rope_scaling") or {}).get("type") or "default"
+        if c.get("hidden_act", "gelu") != "gelu" or kind != "default" or self.n_embd % self.n_head:
+            raise ValueError(f"{c.get('hidden_act')} is not gelu, rope {kind} not default, or {self.n_head} heads do not share {self.n_embd}")
+
+
+class Norm(nn.LayerNorm):
+    """With --tune_ln its weights are float32 in a trunk of 16 bits: small steps would be rounded away."""
+    def forward(self, x):
+        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
+class Block(nn.Module):
+    """Attention and MLP side by side on the same input (parallel), or one after the other. Names are the files' names."""
+    def __init__(self, cfg):
+        super().__init__()
+        C, self.cfg = cfg.n_embd, cfg
+        self.input_layernorm, self.post_attention_layernorm = Norm(C, cfg.eps), Norm(C, cfg.eps)
+        self.attention, self.mlp = nn.Module(), nn.Module()
+        self.attention.query_key_value, self.attention.dense = nn.Linear(C, 3 * C, cfg.bias), nn.Linear(C, C, cfg.bias)
+        self.mlp.dense_h_to_4h, self.mlp.dense_4h_to_h = nn.Linear(C, cfg.ffn), nn.Linear(cfg.ffn, C)
+
+    def attend(self, x, mask, rope, rows):
+        (B, T, C), nh, hs = x.shape, self.cfg.n_head, self.cfg.hs
+        # the trap of this family: rows of the matrix are head by head (q, k, v of head 0, q, k, v of head 1, ...)
+        q, k, v = self.attention.query_key_value(x).view(B, T, nh, 3, hs).permute(3, 0, 2, 1, 4)   # (B, nh, T, hs) each
+        q, k = rotate(q, *rope)[:, :, rows], rotate(k, *rope)       # (B, nh, Q, hs), (B, nh, T, hs)
+        att = q @ k.transpose(2, 3) * hs**-0.5                      # (B, nh, Q, T)
+        att = att.masked_fill(~mask[:, :, rows], -1e4).softmax(3)   # not -inf: a padded row sees nothing, and would be NaN
+        return self.attention.dense((att @ v).transpose(1, 2).reshape(B, -1, C))        # (B, Q, C)
+
+    def forward(self, x, mask, rope, rows):
+        y = self.attend(self.input_layernorm(x), mask, rope, rows)
+        x = x[:, rows]
+        z = self.post_attention_layernorm(x if self.cfg.parallel else x + y)
+        return x + y + self.mlp.dense_4h_to_h(F.gelu(self.mlp.dense_h_to_4h(z)))        # (B, Q, C)
+
+
+def rotate(x, cos, sin):
+    """Rotary position (Su et al. 2021, arXiv 2104.09864) on the first dimensions of x (B, nh, T, hs): i turns with i + rot/2."""
+    rot = cos.size(1)
+    a, b = x[..., :rot // 2], x[..., rot // 2:rot]
+    return torch.cat([x[..., :rot] * cos + torch.cat([-b, a], -1) * sin, x[..., rot:]], -1)
+
+
+class GPTNeoX(nn.Module):
+    """words=True adds the embeddings at both ends, which nothing but a test of equality needs here."""
+    def __init__(self, cfg, words=False):
+        super().__init__()
+        self.cfg, self.layers = cfg, nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
+        self.final_layer_norm = Norm(cfg.n_embd, cfg.eps)
+        if words:
+            self.embed_in, self.embed_out = nn.Embedding(cfg.vocab, cfg.n_embd), nn.Linear(cfg.n_embd, cfg.vocab, False)
+
+    def forward(self, x, mask, rows=slice(None)):
+        """x (B, T, C): embeddings; mask (B or 1, 1, T, T): who sees whom; rows: the tokens that are asked for -> (B, Q, C)."""
+        cfg, T = self.cfg, x.size(1)
+        freq = cfg.theta**-(torch.arange(0, cfg.rot, 2, device=x.device) / cfg.rot)
+        angle = torch.outer(torch.arange(T, device=x.device), freq).repeat(1, 2)        # (T, rot)
+        rope = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+        for block in self.layers[:-1]:
+            x = block(x, mask, rope, slice(None))
+        # of the last block nothing else is read: two thirds of its work fall away
+        return self.final_layer_norm(self.layers[-1](x, mask, rope, rows))
+
+    @property
+    def dtype(self):
+        return self.layers[0].mlp.dense_h_to_4h.weight.dtype
+
+    def logits(self, ids):
+        """ids (B, T) -> next-token logits (B, T, vocab)."""
+        mask = torch.ones(ids.size(1), ids.size(1), dtype=torch.bool).tril()[None, None]
+        return self.embed_out(self(self.embed_in(ids), mask))
+
+
+def read_safetensors(path):
+    """A .safetensors file -> {name: tensor}, views of its pages. 8 bytes of length, so much JSON, then the tensors."""
+    kinds = dict(F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16, U8=torch.uint8, BOOL=torch.bool,
+                 I64=torch.int64, I32=torch.int32)
+    pages, found = torch.from_file(str(path), size=path.stat().st_size, dtype=torch.uint8), {}
+    n = int.from_bytes(bytes(pages[:8].tolist()), "little")
+    if n > min(len(pages) - 8, 100 << 20):
+        raise ValueError("it is cut off")
+    for name, entry in json.loads(pages[8:8 + n].numpy().tobytes()).items():
+        if name != "__metadata__":
+            begin, end = (8 + n + i for i in entry["data_offsets"])
+            x, kind = pages[begin:end], kinds[entry["dtype"]]
+            found[name] = (x if begin % kind.itemsize == 0 else x.clone()).view(kind).view(entry["shape"])   # old files align nothing
+    return found
+
+
+def load_trunk(folder, words=False):
+    """A folder in Hugging Face's layout -> GPTNeoX in float32, whatever its files hold. One or many .safetensors or .bin."""
+    folder, path = pathlib.Path(folder), None
+    try:
+        path = folder / "config.json"
+        config = json.loads(path.read_text())
+        if config.get("model_type", "gpt_neox") != "gpt_neox":
+            raise ValueError(f"it is a {config['model_type']}, not a gpt_neox")
+        cfg = Config(config)
+        names = ["model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"]
+        path = next((folder / n for n in names if (folder / n).exists()), folder / names[0])
+        index = json.loads(path.read_text())["weight_map"].values() if path.suffix == ".json" else [path.name]
+        found = {}
+        for path in (folder / pathlib.Path(n).name for n in sorted(set(index))):
+            found.update(read_safetensors(path) if path.suffix == ".safetensors" else
+                         torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+        found = {k.removeprefix("gpt_neox.").replace("lm_head.", "embed_out."): x for k, x in found.items()}
+        with torch.device("meta"):
+            trunk = GPTNeoX(cfg, words)
+        trunk.load_state_dict({k: found[k].float() for k in trunk.state_dict()}, assign=True)   # what else there is: buffers
+    except Exception as e:              # a broken zip, pickle, JSON or shape: each its own error
+        why = f"lacks {e}" if isinstance(e, KeyError) else str(e).splitlines()[0] if str(e) else type(e).__name__
+        sorry(f"{path} is not part of a GPT-NeoX that can be read ({why})")
+    return trunk
+
+
+def fetch_model(name):
+    """A Hub id's config and weights, downloaded to out/hub (resumed; sizes and hashes checked). -> the folder"""
+    import requests
+    folder, hub = OUT / "hub" / name, os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    instead = "--model random:" + next((s for s in SHAPES if name.removesuffix("-deduped").endswith(s)), "pythia-70m")
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
+        sorry(f"--model {name}: no such folder, and no Hub id (owner/name) either; {instead} needs neither")
+    if not (folder / "config.json").exists():                       # it comes last: where it is, all is
+        try:
+            answer = requests.get(f"{hub}/api/models/{name}/tree/main", timeout=30)
+            answer.raise_for_status()
+            files = {f["path"]: (f["size"], f.get("lfs", {}).get("oid")) for f in answer.json() if f["type"] == "file"}
+        except (requests.RequestException, ValueError, KeyError, TypeError, AttributeError) as e:
+            code = getattr(getattr(e, "response", None), "status_code", None)
+            sorry(f"{name} is not in {OUT / 'hub'}, and {hub} cannot be asked for it ({f'HTTP {code}' if code else type(e).__name__}); "
+                  f"{instead} runs the same path on a random frozen trunk, with no network")
+        weights = [[f for f in files if re.fullmatch(kind, f)] for kind in
+                   (r"model(-[\w-]+)?\.safetensors(\.index\.json)?", r"pytorch_model(-[\w-]+)?\.bin(\.index\.json)?")]
+        if not any(weights) or "config.json" not in files:
+            sorry(f"{hub}/{name} holds no config.json with safetensors or pytorch_model.bin")
+        for f in [*(weights[0] or weights[1]), "config.json"]:
+            common.download(f"{hub}/{name}/resolve/main/{f}", folder / f, *files[f])
+    return folder
+
+
+def find_trunk(args):
+    """--model -> the trunk, its shape or weights, in float32, and whether it is to be trained."""
+    kind, _, shape = args.model.partition(":")
+    if kind not in ("random", "scratch"):
+        return load_trunk(args.model if pathlib.Path(args.model).is_dir() else fetch_model(args.model)), False
+    if shape not in SHAPES:
+        sorry(f"--model {args.model}: {kind}: wants one of {', '.join(SHAPES)}")
+    L, C, nh = SHAPES[shape]
+    trunk = GPTNeoX(Config(dict(num_hidden_layers=L, hidden_size=C, num_attention_heads=nh, intermediate_size=4 * C)))
+    draw = torch.Generator().manual_seed(args.seed)
+    for m in trunk.modules():
+        if isinstance(m, nn.Linear):
+            nn.init.normal_(m.weight, std=args.random_std, generator=draw)
+            nn.init.zeros_(m.bias)
+    return trunk, kind == "scratch"
+
+# ---- the idea: new ends for a language model ----------------------------------------------------------------------------------
+
+class Adapter(nn.Module):
+    """What is still to be earned, the state and the action of each step become a token each, in place of a word's embedding.
+    The trunk reads them as it would read a sentence, and what it makes of a state is read out as an action. trunk is no part
+    of this module: it is passed in, frozen, and gradients flow through it to the encoders."""
+    def __init__(self, C, kind, condition, token_std=0.03):
+        super().__init__()
+        encoder = lambda n: nn.Linear(n, C) if kind == "linear" else nn.Sequential(nn.Linear(n, C), nn.GELU(), nn.Linear(C, C))
+        self.embed_return = encoder(dict(rate=9, rtg=1)[condition])
+        self.embed_state, self.embed_action, self.embed_time = encoder(S_DIM), encoder(A_DIM), nn.Embedding(T_DATA, C)
+        self.ln_in, self.head, self.condition = nn.LayerNorm(C), nn.Linear(C, A_DIM), condition
+        nn.init.normal_(self.embed_time.weight, std=0.02)
+        nn.init.constant_(self.ln_in.weight, token_std)
+        self.register_buffer("mean", torch.zeros(S_DIM))            # of the data's states: a model knows its own scale
+        self.register_buffer("std", torch.ones(S_DIM))
+
+    def forward(self, trunk, r, s, a, t, valid, last=False):
+        """r (B, K): reward rates or returns-to-go; s (B, K, 17); a (B, K, 6); t (B, K): steps since the start; valid (B, K):
+        False where a window begins before its episode. -> actions (B, K, 6), or of the last step alone (B, 1, 6)."""
+        (B, K), T, time = t.shape, 3 * t.size(1) - 1, self.embed_time(t)
+        tokens = [self.embed_return(return_features(r, self.condition)) + time, self.embed_state((s - self.mean) / self.std) + time,
+                  self.embed_action(a) + time]
+        x = self.ln_in(torch.stack(tokens, 2).view(B, 3 * K, -1)[:, :-1])   # (B, T, C): the last action is what we are asked for
+        seen = valid.repeat_interleave(3, 1)[:, None, None, :T]             # (B, 1, 1, T)
+        mask = torch.ones(T, T, dtype=torch.bool, device=x.device).tril() & seen
+        rows = slice(T - 1, None) if last else slice(1, None, 3)            # the states' tokens
+        y = trunk(x.to(trunk.dtype), mask, rows)                            # (B, K or 1, C)
+        return torch.tanh(self.head(y.float()))
+
+
+def reward_rate(rtg, steps_left):
+    """The return-to-go per step left: what made dt_cheetah.py obey. Under 20 steps (a second) single strides would rule."""
+    return rtg / np.maximum(steps_left, 20)
+
+
+def still_to_earn(d, condition):
+    """Episodes -> what the return token says at each of their steps, (N,): R_t = r_t + ... + r_end, or its rate."""
+    total, end = np.cumsum(d.rew, dtype=np.float64), np.repeat(d.first + d.length, d.length)
+    rtg = total[end - 1] - total + d.rew
+    return rtg if condition == "rtg" else reward_rate(rtg, end - np.arange(len(rtg)))
+
+
+def return_features(r, condition):
+    """r (B, K) -> (B, K, 1), the paper's scale, or (B, K, 9): waves tell rates apart that a line lets look alike."""
+    r = r[..., None]
+    if condition == "rtg":
+        return r / 1000
+    waves = r * torch.tensor([1.0, 3.0, 9.0, 27.0], device=r.device)
+    return torch.cat([r, waves.sin(), waves.cos()], -1)
+
+
+def windows(first, length, K, B, rng):
+    """B windows of K steps that end anywhere in an episode, its first steps too, as in evaluation. -> index into the flat
+    arrays, time step, valid (False before the episode's start): (B, K) each."""
+    end = rng.integers(0, length.sum(), B)
+    begin = first[np.searchsorted(first, end, side="right") - 1][:, None]
+    index = end[:, None] + np.arange(1 - K, 1)
+    return np.maximum(index, begin), np.maximum(index - begin, 0), index >= begin
+
+
+def clock(t, condition):
+    """A rate already knows how much time is left, so its clock stops after 100 steps; a return-to-go needs it to the end."""
+    return np.minimum(t, 100 if condition == "rate" else T_DATA - 1)
+
+# ---- training --------------------------------------------------------------------------------------------------------------
+
+def trunk_dtype(args, device, trained):
+    """float32 if the trunk is trained; else the fastest that the hardware multiplies: bfloat16, float16 (older GPUs), float32."""
+    if trained or args.dtype != "auto":
+        return torch.float32 if trained else getattr(torch, args.dtype)
+    if device == "cpu":             # without these instructions bfloat16 is emulated, and slower than float32
+        return torch.bfloat16 if any(getattr(torch.cpu, f"_is_{x}_supported", bool)() for x in ("avx512_bf16", "amx_tile")) else torch.float32
+    return torch.bfloat16 if device == "cuda" and torch.cuda.is_bf16_supported(False) else torch.float16
+
+
+def build(args, device):
+    """-> trunk, adapter, and what is trained and saved: {name: tensor} of the adapter and of the trunk's share in it."""
+    torch.manual_seed(args.seed)
+    trunk, trained = find_trunk(args)
+    adapter = Adapter(trunk.cfg.n_embd, args.adapter, args.condition, args.token_std).to(device)
+    trunk = trunk.to(device, trunk_dtype(args, device, trained))
+    for name, p in trunk.named_parameters():        # no gradient is kept for these: the backward pass only goes through
+        p.requires_grad_(trained or args.tune_ln and "norm" in name)
+        if p.requires_grad:
+            p.data = p.data.float()
+    params = {**dict(adapter.named_parameters()), **{f"trunk.{k}": p for k, p in trunk.named_parameters() if p.requires_grad}}
+    return trunk, adapter, params
+
+
+def train(args, data, file, device):
+    """Train on windows of data() (called only if needed), going on from file if it is there. -> trunk, adapter, seconds, how
+    many parameters were trained."""
+    trunk, adapter, params = build(args, device)
+    optimizer = torch.optim.AdamW(params.values(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
+    step, seconds, losses, count = 0, 0.0, [], sum(p.numel() for p in params.values())
+    keep = {**params, "mean": adapter.mean, "std": adapter.std}
+    if file.exists():
+        state = common.load_checkpoint(file)
+        try:
+            with torch.no_grad():
+                for k, p in keep.items():
+                    if p.shape != state["model"][k].shape:
+                        raise ValueError(k)
+                    p.copy_(state["model"][k])
+            optimizer.load_state_dict(state["optimizer"])
+            step, seconds = state["step"], state["seconds"]
+        except (RuntimeError, KeyError, TypeError, ValueError, AttributeError):
+            sorry(f"{file} holds a model of another shape than the flags ask for; remove it to train anew")
+    print(f"{args.model}: {trunk.cfg.n_layer} layers of width {trunk.cfg.n_embd}, {sum(p.numel() for p in trunk.parameters()):,} parameters "
+          f"in {str(trunk.dtype)[6:]}; trained: {count:,}")
+    if step == args.steps:
+        return trunk, adapter, seconds, count
+    d = data()
+    r, obs, act = (torch.from_numpy(np.float32(x)).to(device) for x in (still_to_earn(d, args.condition), d.obs, d.act))
+    adapter.mean.copy_(obs.mean(0)), adapter.std.copy_(obs.std(0) + 1e-6)
+    scale = 1024.0 if trunk.dtype == torch.float16 else 1.0         # or small gradients become 0; AdamW does not mind a factor
+    bar, began = tqdm(total=args.steps, initial=step, desc="training", unit="step", disable=None), time.time() - seconds
+    while step < args.steps:
+        # batches depend on (seed, step) alone: a resumed run sees what an unbroken one would have seen
+        i, t, valid = windows(d.first, d.length, args.context, args.batch_size, np.random.default_rng((args.seed, step)))
+        i, t, valid = (torch.from_numpy(x).to(device) for x in (i, clock(t, args.condition), valid))
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * min((step + 1) / args.warmup, 0.55 + 0.45 * math.cos(math.pi * step / args.steps))
+        loss = F.mse_loss(adapter(trunk, r[i], obs[i], act[i], t, valid)[valid], act[i][valid])
+        optimizer.zero_grad()
+        (scale * loss).backward()
+        nn.utils.clip_grad_norm_(params.values(), scale * args.grad_clip)
+        optimizer.step()
+        losses.append(loss.item())
+        if not math.isfinite(losses[-1]):
+            sorry(f"the loss is not finite at step {step}; a smaller --lr may help")
+        step += 1
+        bar.update()
+        if step % SAVE_EVERY == 0 or step == args.steps:
+            seconds = time.time() - began
+            bar.set_postfix(loss=f"{np.mean(losses[-100:]):.5f}")
+            common.save_checkpoint(file, dict(model={k: p.detach() for k, p in keep.items()}, optimizer=optimizer.state_dict(),
+                                              step=step, seconds=seconds))
+    bar.close()
+    print(f"trained: loss {np.mean(losses[-100:]):.5f} over the last {len(losses[-100:])} of {step} steps, {seconds:.0f} s")
+    return trunk, adapter, seconds, count
+
+# ---- evaluation: closed loop, all targets and episodes in one batch ---------------------------------------------------------
+
+@torch.inference_mode()
+def evaluate(trunk, adapter, targets, args, device):
+    """One episode per entry of targets (n,), all at once, each from its own start -> what they earned (n,); who ever pitched
+    over (n,) bool; and the first one's diary: a list of (qpos (9,), return so far, target)."""
+    n, K, H, rng = len(targets), args.context, args.max_steps, np.random.default_rng(10_000 + args.seed)
+    sim = Cheetahs(n)
+    obs, owed, earned, fell, diary = sim.reset(rng), np.array(targets, float), np.zeros(n), np.zeros(n, bool), []
+    r, s, a = (torch.zeros(n, K, *shape, device=device) for shape in ((), (S_DIM,), (A_DIM,)))
+    t, valid = torch.zeros(n, K, dtype=torch.long, device=device), torch.zeros(n, K, dtype=torch.bool, device=device)
+    for step in tqdm(range(H), desc="running", unit="step", disable=None):
+        for x in (r, s, a, t, valid):                           # the window moves on by a step
+            x[:, :-1] = x[:, 1:].clone()
+        r[:, -1] = torch.from_numpy(reward_rate(owed, H - step) if args.condition == "rate" else owed)
+        s[:, -1], t[:, -1], valid[:, -1] = torch.from_numpy(obs), int(clock(step, args.condition)), True
+        a[:, -1] = adapter(trunk, r, s, a, t, valid, last=True)[:, 0]
+        obs, reward = sim.step(a[:, -1].double().cpu().numpy())
+        earned, owed, fell = earned + reward, owed - reward, fell | (np.abs(obs[:, 1]) > 1.2)
+        diary.append((sim.state[0, 1:10].copy(), earned[0], targets[0]))
+    return earned, fell, diary
+
+
+def figure(rows, path):
+    """rows: (policy, asked (n,), mean (n,), std (n,)) -> a PNG of target against reached."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    fig, ax = plt.subplots(figsize=(6, 6), dpi=120)
+    top = 1.05 * max(max(asked) for _, asked, _, _ in rows)
+    ax.plot([0, top], [0, top], color="0.8", lw=4, zorder=0)
+    for name, asked, mean, std in rows:
+        ax.errorbar(asked, mean, std, lw=1.5, capsize=3, marker=".", label=name)
+    ax.set(xlabel="return asked for", ylabel="return reached, mean and spread of the episodes", xlim=(0, top))
+    ax.legend(frameon=False)
+    ax.spines[["top", "right"]].set_visible(False)
+    with common.whole_file(path) as part:
+        fig.savefig(part, bbox_inches="tight")
+    return path
+
+# ---- the comparison: every policy in a process of its own, as its own command runs it ---------------------------------------
+
+def compare(args):
+    """Run the four scripts' commands at --targets, read the tables that they print, print one table and draw one figure."""
+    began, rows, here = time.time(), [], pathlib.Path(__file__).resolve().parent
+    targets = args.targets if len(args.targets) > 1 else [300.0, 600.0, 1200.0, 2400.0]
+    real = "EleutherAI/pythia-70m" if ":" in args.model else args.model
+    flags = ["--episodes", args.episodes, "--seed", args.seed, "--no-video", *(["--smoke"] if args.smoke else []), "--targets", *targets]
+    for label, script, *more in (("DT from scratch", "dt_cheetah.py", "--baseline", "bc"), (f"adapter, {real}", "pythia_adapter.py", "--model", real),
+                                 ("adapter, random frozen", "pythia_adapter.py"), ("kNN", "rag_cheetah.py")):
+        command = [sys.executable, str(here / script), *map(str, [*more, *flags])]
+        print(f"running python {' '.join(command[1:])}", flush=True)
+        text = subprocess.run(command, stdout=subprocess.PIPE, text=True).stdout      # its stderr, progress and faults, is ours
+        found = re.findall(r"\n(.+) \(([\d,]+) parameters, (\d+) s of training\)\n asked.*((?:\n +-?\d+ +-?[\d.]+ \+- .*)+)", text)
+        rows += [(name, count, seconds, [[float(x) for x in re.findall(r"-?[\d.]+", line)[:3]] for line in table.split("\n")[1:]])
+                 for name, count, seconds, table in found] or [(label, "", "", "could not be run here: its sentence stands above")]
+    asked = "python rag_cheetah.py --llm MODEL --targets " + " ".join(f"{x:.0f}" for x in targets)
+    rows.append(("kNN + LLM", "", "", f"not run: it asks a paid endpoint at every step; {asked}"))
+    log = OUT / "results.jsonl"
+    for row in map(json.loads, log.read_text().splitlines() if log.exists() else []):
+        if row["script"] == "rag_cheetah.py" and row["flags"]["llm"] != "knn":
+            rows[-1] = (f"kNN + {row['flags']['llm']}", "0", "0", [x[:3] for x in row["metrics"]["table"]])
+    print(f"\n{'return, mean +- std of episodes':34s}" + "".join(f"{x:>16.0f}" for x in targets) + "   parameters  seconds trained")
+    for name, count, seconds, table in rows:
+        print(f"{name:34s}" + (table if isinstance(table, str) else "".join(f"{f'{m:.0f} +- {s:.0f}':>16s}" for _, m, s in table)
+                               + f"{count:>13s}{seconds:>17s}"))
+    drawn = [(name, *zip(*table)) for name, _, _, table in rows if not isinstance(table, str)]
+    if not drawn:
+        sorry("none of the policies could be run")
+    common.log_result("pythia_adapter.py", args, time.time() - began, dict(
+        policies=len(drawn), figure=str(figure(drawn, OUT / "comparison.png")), rows={name: table for name, _, _, table in rows}))
+
+# ---- main ------------------------------------------------------------------------------------------------------------------
+
+def checkpoint(args):
+    """The adapter's file is named after all that shaped it: other flags make another, the same flags find it again."""
+    shape = {k: getattr(args, k) for k in ("dataset model dtype adapter token_std random_std tune_ln condition context steps batch_size lr "
+                                           "warmup weight_decay grad_clip seed").split()}
+    return OUT / f"pythia_adapter_{hashlib.sha256(json.dumps(shape).encode()).hexdigest()[:8]}.pt"
+
+
+def main():
+    args, began, device = get_args(), time.time(), common.pick_device()
+    if args.compare:
+        return compare(args)
+    print(f"device {device}, {torch.get_num_threads()} threads")
+    trunk, adapter, seconds, count = train(args, functools.cache(lambda: find_dataset(args.dataset)), checkpoint(args), device)
+    asked = np.repeat(args.targets, args.episodes)
+    got, fell, diary = evaluate(trunk, adapter, asked, args, device)
+    error = abs(got - asked) / np.maximum(abs(asked), 1)
+    print(f"\nadapter, {args.model} ({count:,} parameters, {seconds:.0f} s of training)\n asked    reached            error    fell")
+    table = []
+    for x, g, e, f in zip(*(z.reshape(-1, args.episodes) for z in (asked, got, error, fell))):
+        print(f"{x.mean():6.0f}   {g.mean():7.1f} +- {g.std():6.1f}  {e.mean():7.2%}  {f.sum():3d}/{len(f)}")
+        table.append([x[0], round(g.mean(), 1), round(g.std(), 1), int(f.sum())])
+    metrics = dict(asked=round(asked[0], 1), reached=round(got.mean(), 1), std=round(got.std(), 1))
+    if len(args.targets) > 1:
+        path = figure([(f"adapter, {args.model}", *list(zip(*table))[:3])], OUT / "pythia_adapter_targets.png")
+        metrics = dict(targets=len(args.targets), figure=str(path), table=table)
+    metrics.update(error_percent=round(100 * error.mean(), 2), episodes=len(got), fell=int(fell.sum()), trained=count)
+    if args.video:
+        film = common.draw_episode(Cheetahs.model, diary[:args.video_steps], args.renderer)
+        metrics["video"] = str(common.write_video(OUT / f"pythia_adapter_{args.targets[0]:.0f}.mp4", film))
+    common.log_result("pythia_adapter.py", args, time.time() - began, metrics)
+
+
+if __name__ == "__main__":
+    common.run(main)

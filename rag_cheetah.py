@@ -1,0 +1,484 @@
+"""rag_cheetah.py: a language model that was never trained for it runs HalfCheetah, shown what others did in similar states.
+
+    python rag_cheetah.py --target_rew 1200                     # offline: the neighbours alone, no model
+    OPENAI_API_KEY=... python rag_cheetah.py --llm MODEL --price_in $ --price_out $ --episodes 1 --max_steps 100
+
+Not measured yet.
+"""
+import concurrent.futures, email.utils, hashlib, json, math, os, pathlib, queue, re, subprocess, sys, threading, time
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import common
+from common import sorry
+
+S_DIM, A_DIM, DT, T_DATA = 17, 6, 0.05, 1000       # HalfCheetah-v5: observation, action, seconds per step, time limit
+OUT, OPENAI, PAUSE = pathlib.Path("out"), "https://api.openai.com/v1", 1.0      # PAUSE: seconds before a second try; then it doubles
+
+# ---- flags -----------------------------------------------------------------------------------------------------------------
+
+def get_args(argv=None):
+    p = common.Flags(__doc__)
+    # what is asked of the cheetah
+    p.flag("target_rew", 1200.0, "return to run at, summed over the episode")
+    p.flag("targets", None, "several returns, for a table and a figure: 300 600 1200", nargs="+", type=float)
+    p.flag("episodes", 10, "episodes per target, each from its own start; with an LLM each step of each is a request")
+    p.flag("max_steps", T_DATA, "steps of 0.05 s per episode; the original's videos have 100")
+    # what is retrieved
+    p.flag("dataset", "out/data/cheetah_ladder.hdf5", "episodes, a .hdf5 of Minari or D4RL; dt_cheetah.py is run to make this one")
+    p.flag("store_episodes", 0, "use so many of them, drawn by --seed; 0: all")
+    p.flag("k", 8, "similar states that are looked up, each from another episode")
+    p.flag("rate_weight", 4.0, "how much a neighbour's reward rate counts beside its state; 0: the target is ignored")
+    # who acts
+    p.flag("llm", "knn", "knn: the neighbours' mean action, free; any other name is a model at --api_base")
+    p.flag("api_base", OPENAI, "an OpenAI-compatible endpoint; vLLM's is http://localhost:8000/v1")
+    p.flag("history", 0, "last steps that the prompt tells, with the actions taken and the rewards")
+    p.flag("encoding", "float", "numbers in the prompt: float, three decimals; int, 0 to 200", choices=["float", "int"])
+    p.flag("temperature", 0.0, "0: the likeliest action")
+    p.flag("max_tokens", 120, "tokens of a reply at most; six numbers are about 40")
+    p.flag("parallel", 8, "requests at once: one per episode")
+    p.flag("timeout", 60.0, "seconds until a request counts as lost")
+    p.flag("retries", 6, "attempts for one request; the pause doubles, and Retry-After is obeyed")
+    p.flag("price_in", None, "dollars per million prompt tokens, as the provider says; 0: your own server", type=float)
+    p.flag("price_out", None, "dollars per million reply tokens", type=float)
+    p.flag("max_cost", 5.0, "dollars for this run, earlier parts of it included; 0 only shows the plan")
+    p.flag("seed", 0, "of the start states and of --store_episodes")
+    # what comes out
+    p.flag("video", True, "write an mp4 of the first episode")
+    p.flag("video_steps", 400, "its length in steps; 20 are a second")
+    p.flag("renderer", "numpy", "numpy works anywhere; mujoco wants a working OpenGL", choices=["numpy", "mujoco"])
+    p.flag("smoke", False, "the same path with tiny numbers, under a minute")
+    if "--smoke" in (sys.argv if argv is None else argv):       # its numbers are defaults: other flags still win over them
+        p.set_defaults(dataset="out/data/cheetah_ladder_1_0.05_0.6.hdf5", episodes=2, max_steps=100, video_steps=40)
+    args = p.parse_args(argv)
+    args.targets = args.targets or [args.target_rew]
+    if args.llm == "knn":
+        args.price_in = args.price_out = 0.0
+    for name, low, high in (("episodes", 1, 1e6), ("max_steps", 1, 1e6), ("store_episodes", 0, 1e9), ("k", 1, 1000), ("rate_weight", 0, 1e6),
+                            ("history", 0, 1000), ("temperature", 0, 2), ("max_tokens", 1, 1e6), ("parallel", 1, 256), ("timeout", 0.01, 3600),
+                            ("retries", 1, 100), ("max_cost", 0, math.inf), ("video_steps", 1, 1e6), ("seed", 0, 2**63)):
+        if not low <= getattr(args, name) <= high:              # in this form nan fails, too
+            p.error(f"argument --{name}: must be between {low:g} and {high:g}")
+    if not all(map(math.isfinite, args.targets)):
+        p.error("argument --targets: must be finite")
+    if not all(price is not None and 0 <= price < math.inf for price in (args.price_in, args.price_out)):
+        sorry("--price_in and --price_out: dollars per million tokens, as the provider says; 0 for a server of your own")
+    if "@" in args.api_base:
+        sorry("--api_base must not hold a password, which would end up in the results; a key goes into OPENAI_API_KEY")
+    return args
+
+
+def read_key(args):
+    """The API key, from OPENAI_API_KEY only. It goes into one header and nowhere else: no file, prompt, log or message."""
+    key = os.environ.get("OPENAI_API_KEY", "").strip()
+    if not re.fullmatch(r"[\x21-\x7e]*", key):          # requests would quote the whole header in its complaint
+        sorry("OPENAI_API_KEY holds characters that no key has; set it anew")
+    if args.llm != "knn" and not key and args.api_base == OPENAI:
+        sorry("set OPENAI_API_KEY, or --api_base for a server of your own, or use --llm knn, which needs neither")
+    return key
+
+# ---- the cheetahs and their episodes: as in dt_cheetah.py, which says more ---------------------------------------------------
+
+class Cheetahs:
+    """n HalfCheetah-v5 in one batch, stepped by mujoco.rollout on all cores. state (n, 19): time, 9 qpos, 9 qvel."""
+    model = None
+
+    def __init__(self, n):
+        import mujoco, mujoco.rollout
+        if Cheetahs.model is None:
+            import gymnasium.envs.mujoco
+            xml = pathlib.Path(gymnasium.envs.mujoco.__file__).parent / "assets" / "half_cheetah.xml"
+            model = mujoco.MjModel.from_xml_string(xml.read_text().replace(' settotalmass="14"', ""))   # deprecated: done here
+            mujoco.mj_setTotalmass(model, 14)
+            mujoco.mj_setConst(model, mujoco.MjData(model))
+            model.stat.meaninertia = model.dof_M0.mean()        # scales the solver's tolerance; only the compiler sets it
+            Cheetahs.model = model
+        self.n, self.models, cores, self.spec = n, [self.model] * n, os.cpu_count(), mujoco.mjtState.mjSTATE_CTRL.value
+        self.pool, self.datas = mujoco.rollout.Rollout(nthread=cores), [mujoco.MjData(self.model) for _ in range(cores)]
+
+    def reset(self, rng):
+        """Start states as gymnasium draws them: qpos + U(-0.1, 0.1), qvel + 0.1 N(0, 1). -> observations (n, 17)."""
+        qpos = self.model.qpos0 + rng.uniform(-0.1, 0.1, (self.n, 9))
+        self.state = np.concatenate([np.zeros((self.n, 1)), qpos, 0.1 * rng.standard_normal((self.n, 9))], 1)
+        return self.state[:, 2:]                                # all but time and the x position
+
+    def step(self, action):
+        """action (n, 6), clipped to [-1, 1] -> observations (n, 17), rewards (n,): speed in m/s minus 0.1 |action|^2."""
+        action = np.clip(action, -1, 1)
+        out, _ = self.pool.rollout(self.models, self.datas, self.state, np.repeat(action[:, None], 5, 1), control_spec=self.spec)
+        x, self.state = self.state[:, 1], out[:, -1].copy()     # frame_skip: five steps of 0.01 s under one action
+        return self.state[:, 2:], (self.state[:, 1] - x) / DT - 0.1 * np.square(action).sum(1)
+
+
+def find_dataset(name):
+    """--dataset -> its path. What dt_cheetah.py's defaults or its --ladder_episodes 1 make is made by it, in a process."""
+    path, script = pathlib.Path(name), pathlib.Path(__file__).with_name("dt_cheetah.py")
+    made = re.fullmatch(r"out/data/cheetah_ladder(_1_0\.05_0\.6)?\.hdf5", name)
+    if not path.exists() and made and script.exists():
+        flags = "--steps 1 --episodes 1 --max_steps 1 --no-video" + (" --ladder_episodes 1" if made[1] else "")
+        print(f"{path} is not there; dt_cheetah.py makes it: python {script.name} {flags}", flush=True)
+        if subprocess.run([sys.executable, script, *flags.split()], stdout=subprocess.DEVNULL).returncode:
+            sorry("dt_cheetah.py could not make the episodes; its sentence is above")
+    if not path.is_file():
+        sorry(f"{path} is not there: --dataset takes a HalfCheetah .hdf5, of Minari, D4RL or dt_cheetah.py (out/data)")
+    return path
+
+
+def reward_rate(rtg, steps_left):
+    """The return-to-go per step left: what made dt_cheetah.py obey. Under 20 steps (a second) single strides would rule."""
+    return rtg / np.maximum(steps_left, 20)
+
+
+def still_to_earn(d):
+    """Episodes -> the rate that each of their steps was still to earn, (N,)."""
+    total, end = np.cumsum(d.rew, dtype=np.float64), np.repeat(d.first + d.length, d.length)
+    return reward_rate(total[end - 1] - total + d.rew, end - np.arange(len(end)))
+
+# ---- the idea, first half: what did others do who were where we are, and earned what we want? -----------------------------------
+
+class Store:
+    """All steps of the episodes: obs, rate and act, float32, as (E, L, ...), E episodes padded to L steps. A key is the state,
+    normalised, and the reward rate that its episode was still to earn; so a query asks for a state AND a future."""
+    def __init__(self, obs, act, rate, length, weight):
+        E, L = len(length), int(max(length))
+        self.E, self.L, self.weight, self.steps = E, L, weight, int(sum(length))
+        at, there = np.repeat(np.arange(E), length), np.concatenate([np.arange(n) for n in length])
+        self.obs, self.act = np.zeros((E, L, S_DIM), np.float32), np.zeros((E, L, A_DIM), np.float32)
+        self.obs[at, there], self.act[at, there] = obs, act
+        self.mean, self.std = obs.mean(0), obs.std(0) + 1e-6
+        key = np.full((E, L, S_DIM + 2), 0, np.float32)
+        key[:, :, -1] = -1e30                                   # padding: infinitely far away
+        key[at, there, :-1] = self.key(obs, rate)
+        key[at, there, -1] = -0.5 * np.square(key[at, there, :-1]).sum(1)
+        self.table = torch.from_numpy(key.reshape(E * L, -1))
+
+    def key(self, obs, rate):
+        return np.concatenate([(obs - self.mean) / self.std, self.weight * np.reshape(rate, (-1, 1))], 1, dtype=np.float32)
+
+    def find(self, obs, rate, k):
+        """obs (n, 17), rate (n,) -> the k nearest steps, at most one of each episode, nearest first: episodes, steps (n, k).
+
+        Exact: q.x - |x|^2 / 2 is largest where |q - x| is smallest, so a matmul over all the store finds each episode's nearest
+        step, and the nearest k of those are the neighbours. In pieces, for a piece's products to stay in the cache."""
+        q = self.key(obs, rate)
+        q, best, at = torch.from_numpy(np.concatenate([q, np.ones((len(q), 1), np.float32)], 1)), [], []
+        some = max(1, 2**17 // (self.L * len(q)))               # episodes per piece
+        for e in range(0, self.E, some):
+            near = (q @ self.table[e * self.L:(e + some) * self.L].T).view(len(q), -1, self.L).max(2)      # (n, some)
+            best.append(near.values), at.append(near.indices)
+        episodes = torch.cat(best, 1).topk(min(k, self.E), 1).indices
+        return episodes.numpy(), torch.cat(at, 1).gather(1, episodes).numpy()
+
+
+def find_store(args):
+    """--dataset -> Store. Its arrays are computed once and kept in out/, under the name of what they were made from."""
+    path = find_dataset(args.dataset)
+    stamp = json.dumps([str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns])
+    kept, began = OUT / f"rag_store_{hashlib.sha256(stamp.encode()).hexdigest()[:8]}.npz", time.time()
+    if not kept.exists():
+        d = common.read_episodes(path)
+        with common.whole_file(kept) as part:
+            np.savez(part, obs=d.obs, act=d.act, rate=np.float32(still_to_earn(d)), length=d.length)
+    z = common.load_arrays(kept)
+    if args.store_episodes:
+        some = np.random.default_rng(args.seed).permutation(len(z["length"]))[:args.store_episodes]
+        use = np.isin(np.repeat(np.arange(len(z["length"])), z["length"]), some)
+        z = dict(obs=z["obs"][use], act=z["act"][use], rate=z["rate"][use], length=z["length"][np.sort(some)])
+    store = Store(z["obs"], z["act"], z["rate"], z["length"], args.rate_weight)
+    print(f"store {kept}: {len(z['rate']):,} steps of {store.E} episodes, {store.table.nbytes >> 20} MB, {time.time() - began:.1f} s")
+    return store
+
+# ---- the idea, second half: say it to a language model ----------------------------------------------------------------------------
+
+SYSTEM = "You are an expert Mujoco Half Cheetah V0 environment controller."
+
+
+def write(x, store, encoding, kind):
+    """Numbers as the prompt has them. float: three decimals. int: 0 to 200, 100 the middle, as tokenizers cut whole numbers
+    best (Wang et al. 2023, arXiv 2309.09969): 25 a standard deviation of a state, 100 the largest action."""
+    if encoding == "float":
+        return "[" + ", ".join(f"{v:.3f}" for v in x) + "]"
+    x = 100 + 25 * (x - store.mean) / store.std if kind == "state" else 100 + 100 * x
+    return "[" + ", ".join(str(int(v)) for v in np.clip(np.rint(x), 0, 200)) + "]"
+
+
+def messages(args, store, step, obs, episodes, steps, past):
+    """The original's prompt for one cheetah: obs (17,), its neighbours (k,) each, past [(obs, action, reward), ...]."""
+    say = lambda x, kind: write(x, store, args.encoding, kind)
+    lines = [f"Time step {step}. HalfCheetah-v0 state vector has dimension {S_DIM}.", f"Current state: {say(obs, 'state')}.",
+             "Here are similar states to the current state and their corresponding actions to take you should use as a reference:"]
+    lines += [f"Similar state: {say(store.obs[e, t], 'state')} : action {say(store.act[e, t], 'action')}" for e, t in zip(episodes, steps)]
+    if args.history and past:
+        lines += ["The last steps were:"]
+        lines += [f"State: {say(o, 'state')} : action {say(a, 'action')} : reward {r:.3f}" for o, a, r in past[-args.history:]]
+    form = ", ".join(f"{'f' if args.encoding == 'float' else 'i'}{i}" for i in range(1, 7))
+    lines += ["", f'Respond in strict JSON: {{"action": [{form}]}}. No extra text.']
+    return [dict(role="system", content=SYSTEM), dict(role="user", content="\n".join(lines))]
+
+
+def parse(reply, encoding):
+    """A reply -> (action (6,) within [-1, 1], whether it had to be clipped to that); ValueError with what is wrong with it."""
+    try:
+        data = json.loads(reply)
+    except (ValueError, RecursionError):
+        raise ValueError("it is not JSON and nothing but JSON") from None
+    x = data.get("action") if isinstance(data, dict) and len(data) == 1 else None
+    if not isinstance(x, list) or len(x) != A_DIM or not all(type(v) in (int, float) and abs(v) < 1e9 for v in x):     # nan fails, too
+        raise ValueError(f'it is not {{"action": [...]}} with {A_DIM} finite numbers')
+    x = np.array(x, float) if encoding == "float" else np.array(x, float) / 100 - 1
+    return np.clip(x, -1, 1), bool((abs(x) > 1).any())
+
+# ---- the endpoint: everything that can go wrong, and what was paid -----------------------------------------------------------------
+
+class Journal:
+    """Append-only JSON lines, on disk before the run goes on: {"ask": n, "bound": $} before a request, {"n": n, "key": its
+    place in the run, "reply": ..., "cost": $} or {"n": n, "free": why} after it. An ask without its second line may have been
+    paid for: it counts with its bound. A reply that is here is never asked for again."""
+    def __init__(self, path):
+        self.replies, self.open, self.asks, self.spent, self.lock = {}, {}, 0, 0.0, threading.Lock()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.file, good = open(path, "ab+"), 0
+        try:
+            import fcntl
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)       # the system lets go of it however we die
+        except ImportError:
+            pass                                                        # windows: two runs at once are the user's care
+        except OSError:
+            sorry(f"another run is writing to {path}; wait for it")
+        self.file.seek(0)
+        for number, line in enumerate(self.file, 1):
+            try:
+                self.count(json.loads(line) if line.endswith(b"\n") else {})
+            except (ValueError, KeyError, TypeError):
+                if line.endswith(b"\n"):
+                    sorry(f"{path} line {number} is not a line of this journal; remove that line to go on")
+                break                                                   # torn by a crash: cut off
+            good += len(line)
+        self.file.truncate(good)
+
+    def count(self, line):
+        if "ask" in line:
+            self.open[line["ask"]], self.asks = float(line["bound"]), line["ask"] + 1
+            return
+        self.open.pop(line["n"], None)
+        if "key" in line:
+            self.spent += line["cost"]
+            self.replies.setdefault(line["key"], line)
+
+    def write(self, **line):
+        self.file.write(json.dumps(line).encode() + b"\n")
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.count(line)
+
+
+def post(args, key, idempotent, body):
+    """One attempt. -> reply, in, out (tokens), seconds; or why, with free=True if nothing can have been billed, retry=False if
+    it is no use, after=seconds if the server asks for a pause."""
+    import requests, urllib3
+    got, began, url = {}, time.monotonic(), args.api_base.rstrip("/") + "/chat/completions"
+    # through auth, for requests would replace a plain header by what ~/.netrc has for the host
+    auth = lambda r: r.headers.update({"Authorization": f"Bearer {key}"} if key else {}) or r
+    try:
+        # servers and gateways that know Idempotency-Key answer a repeated request from memory, unpaid; others ignore it
+        with requests.post(url, json=body, auth=auth, headers={"Idempotency-Key": idempotent}, stream=True, allow_redirects=False,
+                           timeout=(min(10, args.timeout), args.timeout)) as r:
+            raw, status, after = b"", r.status_code, r.headers.get("Retry-After")
+            # errors are not billed; but behind a 502 or 504 is a gateway that gave up on a model who may answer yet
+            got = dict(why=f"HTTP {status}", free=status not in (200, 502, 504), retry=status in (200, 408, 409, 425, 429) or status >= 500)
+            for block in r.iter_content(65536):
+                raw += block
+                if len(raw) > 1e6:
+                    raise ValueError
+        if status == 200:
+            data = json.loads(raw)
+            text, use = str(data["choices"][0]["message"].get("content") or ""), data.get("usage") or {}
+            text = re.sub(r"\bsk-[\w*.-]{8,}", "[key]", text.replace(key, "[key]") if key else text)    # should a server repeat it
+            most = dict(prompt_tokens=len(json.dumps(body)), completion_tokens=len(text.encode("utf-8", "replace")))
+            used = [use[k] if type(use.get(k)) is int and use[k] >= 0 else most[k] for k in most]       # a token is a byte or more
+            got = {"reply": text, "in": used[0], "out": used[1], "seconds": round(time.monotonic() - began, 3)}
+        elif after:
+            got["after"] = (float(after) if re.fullmatch(r"[\d.]{1,9}", after)
+                            else email.utils.parsedate_to_datetime(after).timestamp() - time.time())
+    except (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError, LookupError, TypeError, AttributeError) as e:
+        if not got.get("free"):             # only the error's type: its message may quote headers
+            never = isinstance(getattr(e.args[0] if e.args else None, "reason", None), urllib3.exceptions.NewConnectionError)
+            got = dict(why=f"{type(e).__name__} in the reply" if got else type(e).__name__, free=never)     # never connected
+    return got
+
+
+class GivenUp(Exception):
+    """A sentence that a request's thread has for the user; the main thread says it, once."""
+
+
+class Controller:
+    """Asks the LLM for actions. What it says is in the journal before it is used; counts hold what became of each step."""
+    def __init__(self, args, store, journal, key):
+        self.args, self.store, self.journal, self.key, self.stop = args, store, journal, key, threading.Event()
+        self.pool = concurrent.futures.ThreadPoolExecutor(args.parallel)
+        self.counts, self.faults, self.unanswered = dict(good=0, repaired=0, fallback=0, clipped=0), {}, 0
+
+    def act(self, step, obs, episodes, steps, past):
+        """obs (n, 17), neighbours (n, k), past n lists -> actions (n, 6)."""
+        jobs = [self.pool.submit(self.one, f"{step}/{i}", messages(self.args, self.store, step, o, episodes[i], steps[i], past[i]),
+                                 self.store.act[episodes[i], steps[i]].mean(0)) for i, o in enumerate(obs)]
+        try:
+            return np.stack([job.result() for job in jobs])
+        except BaseException as e:          # what waits is not asked; what is under way is waited for, it is paid
+            self.stop.set()
+            self.pool.shutdown(cancel_futures=True)
+            if isinstance(e, GivenUp):
+                sorry(f"{e}; what was answered is kept, the same command goes on")
+            raise
+
+    def one(self, place, prompt, mean):
+        """One cheetah's action at one step: the reply, or the repaired reply, or the neighbours' mean."""
+        clipped, how = False, "good"
+        for attempt in ("", "/repair"):
+            reply = self.ask(place + attempt, prompt)
+            try:
+                if reply is None:
+                    raise ValueError
+                action, clipped = parse(reply, self.args.encoding)
+                break
+            except ValueError as e:
+                prompt = [*prompt, dict(role="assistant", content=(reply or "")[:2000]),
+                          dict(role="user", content=f"That can't be used: {e}. Reply with the JSON object alone.")]
+                action, how = mean, "repaired" if not attempt and reply is not None else "fallback"
+                if reply is None:           # who does not answer is not asked to repair
+                    break
+        with self.journal.lock:
+            self.counts[how] += 1
+            self.counts["clipped"] += clipped
+        return action
+
+    def ask(self, place, prompt):
+        """-> the reply's text, from the journal if it was paid for before; None if there was none after all --retries."""
+        args, journal = self.args, self.journal
+        body = dict(model=args.llm, messages=prompt, temperature=args.temperature, max_tokens=args.max_tokens)
+        key = f"{place} {hashlib.sha256(json.dumps(body).encode()).hexdigest()[:16]}"
+        bound = ((100 + sum(len(m["content"].encode()) for m in prompt)) * args.price_in + args.max_tokens * args.price_out) / 1e6
+        for tries in range(args.retries if key not in journal.replies else 0):
+            with journal.lock:
+                if journal.spent + sum(journal.open.values()) + bound > args.max_cost:
+                    raise GivenUp(f"--max_cost ${args.max_cost:g} does not cover the next request (${journal.spent:.4f} is spent)")
+                n = journal.asks
+                journal.write(ask=n, bound=bound)
+            box = queue.SimpleQueue()       # a thread that may be given up: dripping headers outlive any timeout of a socket
+            threading.Thread(target=lambda: box.put(post(args, self.key, key.replace(" ", "-"), body)), daemon=True).start()
+            try:
+                got = box.get(timeout=1.5 * args.timeout)
+            except queue.Empty:
+                got = dict(why="no answer in time")
+            with journal.lock:
+                if "reply" in got:
+                    journal.write(n=n, key=key, cost=(got["in"] * args.price_in + got["out"] * args.price_out) / 1e6, **got)
+                    self.unanswered = 0
+                    break
+                self.faults[got["why"]] = self.faults.get(got["why"], 0) + 1
+                if got.get("free"):
+                    journal.write(n=n, free=got["why"])
+            if not got.get("retry", True):
+                raise GivenUp(f"{args.api_base} refuses {args.llm} ({got['why']})")
+            wait = min(max(0.0, got.get("after", 0.0)), 120.0) or min(60, PAUSE * 2.0**tries) * (0.5 + 0.5 * np.random.random())
+            if tries + 1 < args.retries and self.stop.wait(wait):
+                break
+        else:
+            if key not in journal.replies:
+                with journal.lock:          # kept as an answer, too: a resumed run must take the same way
+                    journal.write(n=-1, key=key, cost=0.0, reply=None)
+                    self.unanswered += 1
+                    if self.unanswered > 3 * args.parallel:
+                        raise GivenUp(f"{args.api_base} does not answer ({got['why']})")
+        return journal.replies.get(key, dict(reply=None))["reply"]
+
+# ---- evaluation: closed loop, all targets and episodes in one batch ---------------------------------------------------------
+
+def evaluate(args, store, targets, controller=None):
+    """One episode per entry of targets (n,), each from its own start -> what they earned (n,); who ever pitched over (n,)
+    bool; all actions (steps, n, 6); the first one's diary: (qpos (9,), return so far, target); seconds per search."""
+    n, H, sim = len(targets), args.max_steps, Cheetahs(len(targets))
+    obs, owed, earned, fell = sim.reset(np.random.default_rng(10_000 + args.seed)), np.array(targets, float), np.zeros(n), np.zeros(n, bool)
+    diary, actions, past, searching = [], [], [[] for _ in range(n)], 0.0
+    for step in tqdm(range(H), desc=f"running, {args.llm}", unit="step", disable=None):
+        began = time.perf_counter()
+        episodes, steps = store.find(obs, reward_rate(owed, H - step), args.k)
+        searching += time.perf_counter() - began
+        action = controller.act(step, obs, episodes, steps, past) if controller else store.act[episodes, steps].mean(1)
+        for p, o, a in zip(past, obs, action):
+            p.append([o, a])
+        obs, reward = sim.step(np.float64(action))
+        for p, r in zip(past, reward):
+            p[-1].append(r)
+        earned, owed, fell = earned + reward, owed - reward, fell | (np.abs(obs[:, 1]) > 1.2)
+        actions.append(action)
+        diary.append((sim.state[0, 1:10].copy(), earned[0], targets[0]))
+    return earned, fell, np.stack(actions), diary, searching / H
+
+
+def figure(targets, earned, path):
+    """targets, earned (n,) -> a PNG of target against reached: episodes as dots, means as a line."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    fig, ax = plt.subplots(figsize=(6, 6), dpi=120)
+    x = np.unique(targets)
+    ax.plot([0, 1.05 * max(x)], [0, 1.05 * max(x)], color="0.8", lw=4, zorder=0)
+    ax.plot(x, [earned[targets == t].mean() for t in x], lw=1.5)
+    ax.plot(targets, earned, ".", ms=3, alpha=0.35)
+    ax.set(xlabel="return asked for", ylabel="return reached")
+    ax.spines[["top", "right"]].set_visible(False)
+    with common.whole_file(path) as part:
+        fig.savefig(part, bbox_inches="tight")
+    return path
+
+# ---- main ------------------------------------------------------------------------------------------------------------------
+
+def journal_file(args):
+    """A run's journal is named after all that its prompts depend on: the same command finds it again."""
+    shape = {k: getattr(args, k) for k in ("targets episodes max_steps dataset store_episodes k rate_weight llm api_base history encoding "
+                                           "temperature max_tokens seed").split()}
+    return OUT / f"rag_{re.sub(r'[^A-Za-z0-9.-]+', '_', args.llm)}_{hashlib.sha256(json.dumps(shape).encode()).hexdigest()[:8]}.jsonl"
+
+
+def main():
+    args, began, controller = get_args(), time.time(), None
+    key, asked = read_key(args), np.repeat(args.targets, args.episodes)
+    store = find_store(args)
+    if args.llm != "knn":
+        file = journal_file(args)
+        controller = Controller(args, store, Journal(file), key)
+        n, paid = len(asked) * args.max_steps, len(controller.journal.replies)
+        print(f"{n} requests to {args.llm} at {args.api_base}, {args.parallel} at once; {paid} replies for ${controller.journal.spent:.4f} "
+              f"of --max_cost ${args.max_cost:g} are in {file}")
+    earned, fell, actions, diary, searching = evaluate(args, store, asked, controller)
+    error, table = abs(earned - asked) / np.maximum(abs(asked), 1), []
+    print(f"\n{'kNN' if controller is None else 'kNN + ' + args.llm} (0 parameters, 0 s of training)\n asked    reached            error    fell")
+    for x, g, e, f in zip(*(z.reshape(-1, args.episodes) for z in (asked, earned, error, fell))):
+        print(f"{x.mean():6.0f}   {g.mean():7.1f} +- {g.std():6.1f}  {e.mean():7.2%}  {f.sum():3d}/{len(f)}")
+        table.append([x[0], round(g.mean(), 1), round(g.std(), 1), int(f.sum())])
+    metrics = dict(asked=round(asked[0], 1), reached=round(earned.mean(), 1), std=round(earned.std(), 1))
+    if len(args.targets) > 1:
+        metrics = dict(targets=len(args.targets), figure=str(figure(asked, earned, OUT / "rag_cheetah_targets.png")))
+    metrics.update(error_percent=round(100 * error.mean(), 2), episodes=len(earned), fell=int(fell.sum()), k=args.k, steps_in_store=store.steps,
+                   ms_per_query=round(1000 * searching / len(asked), 3), table=table)
+    if controller:
+        replies = [r for r in controller.journal.replies.values() if r["reply"] is not None]
+        seconds = np.array([r["seconds"] for r in replies] or [0.0])
+        metrics.update(controller.counts, faults=controller.faults, tokens_in=sum(r["in"] for r in replies),
+                       tokens_out=sum(r["out"] for r in replies), cost=round(controller.journal.spent, 6),
+                       latency=round(float(np.median(seconds)), 3), latency_p95=round(float(np.percentile(seconds, 95)), 3), journal=str(file))
+    name = f"rag_cheetah_{re.sub(r'[^A-Za-z0-9.-]+', '_', args.llm)}_{args.targets[0]:.0f}"
+    with common.whole_file(OUT / f"{name}.npz") as part:
+        np.savez_compressed(part, actions=np.float32(actions), targets=asked, returns=earned)     # actions (steps, episodes, 6)
+    metrics["actions"] = str(OUT / f"{name}.npz")
+    if args.video:
+        film = common.draw_episode(Cheetahs.model, diary[:args.video_steps], args.renderer)
+        metrics["video"] = str(common.write_video(OUT / f"{name}.mp4", film))
+    common.log_result("rag_cheetah.py", args, time.time() - began, metrics)
+
+
+if __name__ == "__main__":
+    common.run(main)

@@ -1,0 +1,100 @@
+"""The adapter's training step beside the same adapter on transformers' GPTNeoXModel: python tests/bench/bench_pythia.py
+
+Same weights, tokens, dtype, optimizer and clipping; the trunk is frozen in both. Each is run in turns, five times: medians and the
+spread of the ratio. Memory: what a step adds to a process's peak (VmHWM) or to the GPU's, each in a process of its own.
+"""
+import os, pathlib, subprocess, sys, time
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
+import numpy as np
+import torch
+
+import pythia_adapter as pa
+
+
+class Peer(torch.nn.Module):
+    """transformers' GPTNeoXModel in the trunk's place: the same weights, called with embeddings and an attention mask."""
+    def __init__(self, trunk):
+        super().__init__()
+        from transformers import GPTNeoXConfig, GPTNeoXModel
+        cfg = trunk.cfg
+        self.model = GPTNeoXModel(GPTNeoXConfig(vocab_size=8, hidden_size=cfg.n_embd, num_hidden_layers=cfg.n_layer, num_attention_heads=cfg.n_head,
+                                                intermediate_size=cfg.ffn)).to(next(trunk.parameters()))
+        self.model.load_state_dict(trunk.state_dict(), strict=False)
+        self.model.requires_grad_(False)
+        self.dtype = trunk.dtype
+
+    def forward(self, x, mask, rows):
+        seen = mask[:, 0, -1]                                       # the last token sees all but what is padded
+        return self.model(inputs_embeds=x, attention_mask=seen.long(), use_cache=False).last_hidden_state[:, rows]
+
+
+def stepper(trunk, adapter, K, B, device):
+    optimizer = torch.optim.AdamW(adapter.parameters(), lr=1e-3, fused=True)
+    g = torch.Generator().manual_seed(0)
+    r, s, a = (x.to(device) for x in (torch.rand(B, K, generator=g), torch.randn(B, K, 17, generator=g), torch.rand(B, K, 6, generator=g)))
+    t, valid = torch.arange(K, device=device).repeat(B, 1), torch.ones(B, K, dtype=torch.bool, device=device)
+
+    def step():
+        loss = torch.nn.functional.mse_loss(adapter(trunk, r, s, a, t, valid), a)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(adapter.parameters(), 1.0)
+        optimizer.step()
+        return loss.item()
+    return step
+
+
+def pair(shape, device, which=("ours", "transformers")):
+    args = pa.get_args(["--model", f"random:{shape}"])
+    trunk, adapter, _ = pa.build(args, device)
+    return {name: (trunk if name == "ours" else Peer(trunk).to(device), adapter) for name in which}
+
+
+def memory(shape, K, B, which):
+    """Run in a process of its own: the peak that training steps reach, above what model and adapter take, in MB."""
+    device = pa.common.pick_device()
+    (model, adapter), = pair(shape, device, [which]).values()
+    step = stepper(model, adapter, K, B, device)
+    if device == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        import gc
+        gc.collect()
+        pathlib.Path("/proc/self/clear_refs").write_text("5")        # VmHWM starts again from what is held now
+        peak = lambda: int(next(x for x in open("/proc/self/status") if x.startswith("VmHWM")).split()[1]) / 1024
+        before = peak()
+    for _ in range(3):
+        step()
+    print((torch.cuda.max_memory_allocated() - before) / 2**20 if device == "cuda" else peak() - before)
+
+
+def main():
+    device = pa.common.pick_device()
+    for shape, K, B in (("pythia-70m", 2, 64), ("pythia-70m", 20, 8), ("pythia-410m", 2, 16)):
+        steps = {name: stepper(*x, K, B, device) for name, x in pair(shape, device).items()}
+        losses = {name: [step() for _ in range(2)][0] for name, step in steps.items()}
+        n, speeds = max(1, int(4 / (time_of(steps["ours"]) * 2))), {name: [] for name in steps}
+        for _ in range(5):
+            for name, step in steps.items():
+                began = time.perf_counter()
+                for _ in range(n):
+                    step()
+                speeds[name].append(n / (time.perf_counter() - began))
+        ratio = np.array(speeds["ours"]) / np.array(speeds["transformers"])
+        used = {name: float(subprocess.run([sys.executable, __file__, shape, str(K), str(B), name], capture_output=True, text=True).stdout.split()[-1])
+                for name in steps}
+        print(f"{shape}, K {K}, batch {B}, {pa.trunk_dtype(pa.get_args([]), device, False)} on {device}: "
+              f"{np.median(speeds['ours']):.2f} and {np.median(speeds['transformers']):.2f} steps/s, {np.median(ratio):.2f}x "
+              f"({ratio.min():.2f}-{ratio.max():.2f}; asked 1.2x); {used['ours']:.0f} and {used['transformers']:.0f} MB; first losses {losses}", flush=True)
+
+
+def time_of(step):
+    began = time.perf_counter()
+    step()
+    return time.perf_counter() - began
+
+
+if __name__ == "__main__":
+    memory(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]) if len(sys.argv) > 1 else main()

@@ -125,7 +125,7 @@ class Config:
     def __init__(self, c):
         rope = c.get("rope_parameters") or {}
         self.n_layer, self.n_embd, self.n_head = c["num_hidden_layers"], c["hidden_size"], c["num_attention_heads"]
-        self.ffn, self.vocab, self.eps = c["intermediate_size"], c.get("vocab_size", 50304), c.get("layer_norm_eps", 1e-5)
+        self.ffn, self.eps = c["intermediate_size"], c.get("layer_norm_eps", 1e-5)
         self.parallel, self.bias = c.get("use_parallel_residual", True), c.get("attention_bias", True)
         either = {**c, **rope}              # rotary_pct and rotary_emb_base are the old names, and Pythia's
         self.theta = float(either.get("rope_theta") or either.get("rotary_emb_base") or 10_000)
@@ -136,18 +136,12 @@ class Config:
             raise ValueError(f"{c.get('hidden_act')} is not gelu, rope {kind} not default, or {self.n_head} heads do not share {self.n_embd}")
 
 
-class Norm(nn.LayerNorm):
-    """With --tune_ln its weights are float32 in a trunk of 16 bits: small steps would be rounded away."""
-    def forward(self, x):
-        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
-
-
 class Block(nn.Module):
     """Attention and MLP side by side on the same input (parallel), or one after the other. Names are the files' names."""
     def __init__(self, cfg):
         super().__init__()
         C, self.cfg = cfg.n_embd, cfg
-        self.input_layernorm, self.post_attention_layernorm = Norm(C, cfg.eps), Norm(C, cfg.eps)
+        self.input_layernorm, self.post_attention_layernorm = nn.LayerNorm(C, cfg.eps), nn.LayerNorm(C, cfg.eps)
         self.attention, self.mlp = nn.Module(), nn.Module()
         self.attention.query_key_value, self.attention.dense = nn.Linear(C, 3 * C, cfg.bias), nn.Linear(C, C, cfg.bias)
         self.mlp.dense_h_to_4h, self.mlp.dense_4h_to_h = nn.Linear(C, cfg.ffn), nn.Linear(cfg.ffn, C)
@@ -176,13 +170,11 @@ def rotate(x, cos, sin):
 
 
 class GPTNeoX(nn.Module):
-    """words=True adds the embeddings at both ends, which nothing but a test of equality needs here."""
-    def __init__(self, cfg, words=False):
+    """All between the words: their embeddings at both ends are what the adapter takes the place of."""
+    def __init__(self, cfg):
         super().__init__()
         self.cfg, self.layers = cfg, nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
-        self.final_layer_norm = Norm(cfg.n_embd, cfg.eps)
-        if words:
-            self.embed_in, self.embed_out = nn.Embedding(cfg.vocab, cfg.n_embd), nn.Linear(cfg.n_embd, cfg.vocab, False)
+        self.final_layer_norm = nn.LayerNorm(cfg.n_embd, cfg.eps)
 
     def forward(self, x, mask, rows=slice(None)):
         """x (B, T, C): embeddings; mask (B or 1, 1, T, T): who sees whom; rows: the tokens that are asked for -> (B, Q, C)."""
@@ -194,15 +186,6 @@ class GPTNeoX(nn.Module):
             x = block(x, mask, rope, slice(None))
         # of the last block nothing else is read: two thirds of its work fall away
         return self.final_layer_norm(self.layers[-1](x, mask, rope, rows))
-
-    @property
-    def dtype(self):
-        return self.layers[0].mlp.dense_h_to_4h.weight.dtype
-
-    def logits(self, ids):
-        """ids (B, T) -> next-token logits (B, T, vocab)."""
-        mask = torch.ones(ids.size(1), ids.size(1), dtype=torch.bool).tril()[None, None]
-        return self.embed_out(self(self.embed_in(ids), mask))
 
 
 def read_safetensors(path):
@@ -221,7 +204,7 @@ def read_safetensors(path):
     return found
 
 
-def load_trunk(folder, words=False):
+def load_trunk(folder):
     """A folder in Hugging Face's layout -> GPTNeoX in float32, whatever its files hold. One or many .safetensors or .bin."""
     folder, path = pathlib.Path(folder), None
     try:
@@ -237,10 +220,10 @@ def load_trunk(folder, words=False):
         for path in (folder / pathlib.Path(n).name for n in sorted(set(index))):
             found.update(read_safetensors(path) if path.suffix == ".safetensors" else
                          torch.load(path, map_location="cpu", weights_only=True, mmap=True))
-        found = {k.removeprefix("gpt_neox.").replace("lm_head.", "embed_out."): x for k, x in found.items()}
+        found = {k.removeprefix("gpt_neox."): x for k, x in found.items()}
         with torch.device("meta"):
-            trunk = GPTNeoX(cfg, words)
-        trunk.load_state_dict({k: found[k].float() for k in trunk.state_dict()}, assign=True)   # what else there is: buffers
+            trunk = GPTNeoX(cfg)
+        trunk.load_state_dict({k: found[k].float() for k in trunk.state_dict()}, assign=True)   # the rest: words, buffers
     except Exception as e:              # a broken zip, pickle, JSON or shape: each its own error
         why = f"lacks {e}" if isinstance(e, KeyError) else str(e).splitlines()[0] if str(e) else type(e).__name__
         sorry(f"{path} is not part of a GPT-NeoX that can be read ({why})")
@@ -272,21 +255,33 @@ def fetch_model(name):
     return folder
 
 
-def find_trunk(args):
-    """--model -> the trunk, its shape or weights, in float32, and whether it is to be trained."""
+def trunk_dtype(args, device, trained):
+    """float32 if any of it is trained; else the fastest that the hardware multiplies: bfloat16, float16 (older GPUs), float32."""
+    if trained or args.dtype != "auto":
+        return torch.float32 if trained else getattr(torch, args.dtype)
+    if device == "cpu":             # without these instructions bfloat16 is emulated, and slower than float32
+        return torch.bfloat16 if any(getattr(torch.cpu, f"_is_{x}_supported", bool)() for x in ("avx512_bf16", "amx_tile")) else torch.float32
+    return torch.bfloat16 if device == "cuda" and torch.cuda.is_bf16_supported(False) else torch.float16
+
+
+def find_trunk(args, device):
+    """--model -> the trunk. What is not to be trained needs no gradient: the backward pass goes through it and keeps none."""
     kind, _, shape = args.model.partition(":")
     if kind not in ("random", "scratch"):
-        return load_trunk(args.model if pathlib.Path(args.model).is_dir() else fetch_model(args.model)), False
-    if shape not in SHAPES:
+        trunk = load_trunk(args.model if pathlib.Path(args.model).is_dir() else fetch_model(args.model))
+    elif shape not in SHAPES:
         sorry(f"--model {args.model}: {kind}: wants one of {', '.join(SHAPES)}")
-    L, C, nh = SHAPES[shape]
-    trunk = GPTNeoX(Config(dict(num_hidden_layers=L, hidden_size=C, num_attention_heads=nh, intermediate_size=4 * C)))
-    draw = torch.Generator().manual_seed(args.seed)
-    for m in trunk.modules():
-        if isinstance(m, nn.Linear):
-            nn.init.normal_(m.weight, std=args.random_std, generator=draw)
-            nn.init.zeros_(m.bias)
-    return trunk, kind == "scratch"
+    else:
+        L, C, nh = SHAPES[shape]
+        trunk = GPTNeoX(Config(dict(num_hidden_layers=L, hidden_size=C, num_attention_heads=nh, intermediate_size=4 * C)))
+        draw = torch.Generator().manual_seed(args.seed)
+        for m in trunk.modules():
+            if isinstance(m, nn.Linear):
+                nn.init.normal_(m.weight, std=args.random_std, generator=draw)
+                nn.init.zeros_(m.bias)
+    for name, p in trunk.named_parameters():
+        p.requires_grad_(kind == "scratch" or args.tune_ln and "norm" in name)
+    return trunk.to(device, trunk_dtype(args, device, kind == "scratch" or args.tune_ln))
 
 # ---- the idea: new ends for a language model ----------------------------------------------------------------------------------
 
@@ -315,7 +310,7 @@ class Adapter(nn.Module):
         seen = valid.repeat_interleave(3, 1)[:, None, None, :T]             # (B, 1, 1, T)
         mask = torch.ones(T, T, dtype=torch.bool, device=x.device).tril() & seen
         rows = slice(T - 1, None) if last else slice(1, None, 3)            # the states' tokens
-        y = trunk(x.to(trunk.dtype), mask, rows)                            # (B, K or 1, C)
+        y = trunk(x.to(trunk.final_layer_norm.weight.dtype), mask, rows)    # (B, K or 1, C)
         return torch.tanh(self.head(y.float()))
 
 
@@ -355,56 +350,37 @@ def clock(t, condition):
 
 # ---- training --------------------------------------------------------------------------------------------------------------
 
-def trunk_dtype(args, device, trained):
-    """float32 if the trunk is trained; else the fastest that the hardware multiplies: bfloat16, float16 (older GPUs), float32."""
-    if trained or args.dtype != "auto":
-        return torch.float32 if trained else getattr(torch, args.dtype)
-    if device == "cpu":             # without these instructions bfloat16 is emulated, and slower than float32
-        return torch.bfloat16 if any(getattr(torch.cpu, f"_is_{x}_supported", bool)() for x in ("avx512_bf16", "amx_tile")) else torch.float32
-    return torch.bfloat16 if device == "cuda" and torch.cuda.is_bf16_supported(False) else torch.float16
-
-
 def build(args, device):
-    """-> trunk, adapter, and what is trained and saved: {name: tensor} of the adapter and of the trunk's share in it."""
+    """-> trunk, adapter, and a list of all that is trained."""
     torch.manual_seed(args.seed)
-    trunk, trained = find_trunk(args)
+    trunk = find_trunk(args, device)
     adapter = Adapter(trunk.cfg.n_embd, args.adapter, args.condition, args.token_std).to(device)
-    trunk = trunk.to(device, trunk_dtype(args, device, trained))
-    for name, p in trunk.named_parameters():        # no gradient is kept for these: the backward pass only goes through
-        p.requires_grad_(trained or args.tune_ln and "norm" in name)
-        if p.requires_grad:
-            p.data = p.data.float()
-    params = {**dict(adapter.named_parameters()), **{f"trunk.{k}": p for k, p in trunk.named_parameters() if p.requires_grad}}
-    return trunk, adapter, params
+    return trunk, adapter, [p for p in (*adapter.parameters(), *trunk.parameters()) if p.requires_grad]
 
 
 def train(args, data, file, device):
     """Train on windows of data() (called only if needed), going on from file if it is there. -> trunk, adapter, seconds, how
     many parameters were trained."""
     trunk, adapter, params = build(args, device)
-    optimizer = torch.optim.AdamW(params.values(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
-    step, seconds, losses, count = 0, 0.0, [], sum(p.numel() for p in params.values())
-    keep = {**params, "mean": adapter.mean, "std": adapter.std}
+    optimizer = torch.optim.AdamW(params, lr=args.lr, weight_decay=args.weight_decay, fused=True)
+    step, seconds, losses, count = 0, 0.0, [], sum(p.numel() for p in params)
     if file.exists():
         state = common.load_checkpoint(file)
         try:
-            with torch.no_grad():
-                for k, p in keep.items():
-                    if p.shape != state["model"][k].shape:
-                        raise ValueError(k)
-                    p.copy_(state["model"][k])
+            adapter.load_state_dict(state["adapter"])
+            trunk.load_state_dict(state["trunk"], strict=False)
             optimizer.load_state_dict(state["optimizer"])
             step, seconds = state["step"], state["seconds"]
         except (RuntimeError, KeyError, TypeError, ValueError, AttributeError):
             sorry(f"{file} holds a model of another shape than the flags ask for; remove it to train anew")
     print(f"{args.model}: {trunk.cfg.n_layer} layers of width {trunk.cfg.n_embd}, {sum(p.numel() for p in trunk.parameters()):,} parameters "
-          f"in {str(trunk.dtype)[6:]}; trained: {count:,}")
+          f"in {str(next(trunk.parameters()).dtype)[6:]}; trained: {count:,}")
     if step == args.steps:
         return trunk, adapter, seconds, count
     d = data()
     r, obs, act = (torch.from_numpy(np.float32(x)).to(device) for x in (still_to_earn(d, args.condition), d.obs, d.act))
     adapter.mean.copy_(obs.mean(0)), adapter.std.copy_(obs.std(0) + 1e-6)
-    scale = 1024.0 if trunk.dtype == torch.float16 else 1.0         # or small gradients become 0; AdamW does not mind a factor
+    scale = 1024.0 if next(trunk.parameters()).dtype == torch.float16 else 1.0      # or small gradients become 0; AdamW does not mind a factor
     bar, began = tqdm(total=args.steps, initial=step, desc="training", unit="step", disable=None), time.time() - seconds
     while step < args.steps:
         # batches depend on (seed, step) alone: a resumed run sees what an unbroken one would have seen
@@ -415,7 +391,7 @@ def train(args, data, file, device):
         loss = F.mse_loss(adapter(trunk, r[i], obs[i], act[i], t, valid)[valid], act[i][valid])
         optimizer.zero_grad()
         (scale * loss).backward()
-        nn.utils.clip_grad_norm_(params.values(), scale * args.grad_clip)
+        nn.utils.clip_grad_norm_(params, scale * args.grad_clip)
         optimizer.step()
         losses.append(loss.item())
         if not math.isfinite(losses[-1]):
@@ -425,8 +401,8 @@ def train(args, data, file, device):
         if step % SAVE_EVERY == 0 or step == args.steps:
             seconds = time.time() - began
             bar.set_postfix(loss=f"{np.mean(losses[-100:]):.5f}")
-            common.save_checkpoint(file, dict(model={k: p.detach() for k, p in keep.items()}, optimizer=optimizer.state_dict(),
-                                              step=step, seconds=seconds))
+            tuned = {k: p.detach() for k, p in trunk.named_parameters() if p.requires_grad}       # of a frozen trunk: nothing
+            common.save_checkpoint(file, dict(adapter=adapter.state_dict(), trunk=tuned, optimizer=optimizer.state_dict(), step=step, seconds=seconds))
     bar.close()
     print(f"trained: loss {np.mean(losses[-100:]):.5f} over the last {len(losses[-100:])} of {step} steps, {seconds:.0f} s")
     return trunk, adapter, seconds, count
@@ -499,7 +475,7 @@ def compare(args):
                                + f"{count:>13s}{seconds:>17s}"))
     drawn = [(name, *zip(*table)) for name, _, _, table in rows if not isinstance(table, str)]
     if not drawn:
-        sorry("none of the policies could be run")
+        sorry("none of the policies could be run; their sentences stand above")
     common.log_result("pythia_adapter.py", args, time.time() - began, dict(
         policies=len(drawn), figure=str(figure(drawn, OUT / "comparison.png")), rows={name: table for name, _, _, table in rows}))
 
@@ -525,12 +501,11 @@ def main():
     table = []
     for x, g, e, f in zip(*(z.reshape(-1, args.episodes) for z in (asked, got, error, fell))):
         print(f"{x.mean():6.0f}   {g.mean():7.1f} +- {g.std():6.1f}  {e.mean():7.2%}  {f.sum():3d}/{len(f)}")
-        table.append([x[0], round(g.mean(), 1), round(g.std(), 1), int(f.sum())])
-    metrics = dict(asked=round(asked[0], 1), reached=round(got.mean(), 1), std=round(got.std(), 1))
+        table.append([float(x[0]), float(g.mean().round(1)), float(g.std().round(1)), int(f.sum())])
+    metrics = dict(asked=args.targets, reached=[row[1] for row in table], error_percent=round(100 * error.mean(), 2),
+                   episodes=len(got), fell=int(fell.sum()), trained=count, table=table)
     if len(args.targets) > 1:
-        path = figure([(f"adapter, {args.model}", *list(zip(*table))[:3])], OUT / "pythia_adapter_targets.png")
-        metrics = dict(targets=len(args.targets), figure=str(path), table=table)
-    metrics.update(error_percent=round(100 * error.mean(), 2), episodes=len(got), fell=int(fell.sum()), trained=count)
+        metrics["figure"] = str(figure([(f"adapter, {args.model}", *list(zip(*table))[:3])], OUT / "pythia_adapter_targets.png"))
     if args.video:
         film = common.draw_episode(Cheetahs.model, diary[:args.video_steps], args.renderer)
         metrics["video"] = str(common.write_video(OUT / f"pythia_adapter_{args.targets[0]:.0f}.mp4", film))

@@ -458,12 +458,11 @@ def main():
     print(f"\n{'kNN' if controller is None else 'kNN + ' + args.llm} (0 parameters, 0 s of training)\n asked    reached            error    fell")
     for x, g, e, f in zip(*(z.reshape(-1, args.episodes) for z in (asked, earned, error, fell))):
         print(f"{x.mean():6.0f}   {g.mean():7.1f} +- {g.std():6.1f}  {e.mean():7.2%}  {f.sum():3d}/{len(f)}")
-        table.append([x[0], round(g.mean(), 1), round(g.std(), 1), int(f.sum())])
-    metrics = dict(asked=round(asked[0], 1), reached=round(earned.mean(), 1), std=round(earned.std(), 1))
+        table.append([float(x[0]), float(g.mean().round(1)), float(g.std().round(1)), int(f.sum())])
+    metrics = dict(asked=args.targets, reached=[row[1] for row in table], error_percent=round(100 * error.mean(), 2), episodes=len(earned),
+                   fell=int(fell.sum()), k=args.k, steps_in_store=store.steps, ms_per_query=round(1000 * searching / len(asked), 3), table=table)
     if len(args.targets) > 1:
-        metrics = dict(targets=len(args.targets), figure=str(figure(asked, earned, OUT / "rag_cheetah_targets.png")))
-    metrics.update(error_percent=round(100 * error.mean(), 2), episodes=len(earned), fell=int(fell.sum()), k=args.k, steps_in_store=store.steps,
-                   ms_per_query=round(1000 * searching / len(asked), 3), table=table)
+        metrics["figure"] = str(figure(asked, earned, OUT / "rag_cheetah_targets.png"))
     if controller:
         replies = [r for r in controller.journal.replies.values() if r["reply"] is not None]
         seconds = np.array([r["seconds"] for r in replies] or [0.0])

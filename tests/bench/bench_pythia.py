@@ -22,7 +22,7 @@ class Peer(torch.nn.Module):
                                                 intermediate_size=cfg.ffn)).to(next(trunk.parameters()))
         self.model.load_state_dict(trunk.state_dict(), strict=False)
         self.model.requires_grad_(False)
-        self.dtype = trunk.dtype
+        self.final_layer_norm = self.model.final_layer_norm          # the adapter asks it for the dtype
 
     def forward(self, x, mask, rows):
         seen = mask[:, 0, -1]                                       # the last token sees all but what is padded

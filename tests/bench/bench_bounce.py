@@ -1,0 +1,130 @@
+"""Speeds of bounce.py as ratios against its peers, side by side in one run: python tests/bench/bench_bounce.py
+
+physics:    simulated steps per second of paths() against the same rule in a plain Python loop (asked: 100,000 on one core)
+training:   gradient steps per second against nn.TransformerDecoder of the same layers, width, heads and feed-forward: its memory is
+            the same tokens, repeated for each game of a maze, its positions are added, its attention is torch's own. Both in bfloat16
+generation: greedy tokens per second, ours with its cache against nn.TransformerDecoder without one, as it comes
+Each pair is measured in turns, five times; printed are medians and the spread of the ratio.
+"""
+import pathlib, platform, sys, time
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
+import numpy as np
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+
+import bounce as b
+
+QUOTES = sorted((" ".join(["word"] * n) for n in range(6, 16)), key=len)
+SIZES = dict(small=dict(height=[9, 12], width=[14, 22], bars=2.0), full=dict(height=[18, 26], width=[32, 86], bars=4.0))
+
+
+def in_turns(rounds, **jobs):
+    """Run the jobs in turns; each returns how much it did. -> {name: [amount per second, ...]}"""
+    speeds = {name: [] for name in jobs}
+    for _ in range(rounds):
+        for name, job in jobs.items():
+            began = time.perf_counter()
+            amount = job()
+            speeds[name].append(amount / (time.perf_counter() - began))
+    return speeds
+
+
+def show(title, unit, speeds, asked=""):
+    print(f"\n{title} ({unit})")
+    for name, x in speeds.items():
+        print(f"  {name:34s} {np.median(x):12.1f}")
+    ours, peer = speeds
+    r = np.array(speeds[ours]) / np.array(speeds[peer])
+    print(f"  {ours} / {peer}: {np.median(r):.2f}x ({r.min():.2f}-{r.max():.2f}){asked}")
+
+
+class Peer(nn.Module):
+    """The obvious alternative: torch's decoder, tokens and memory with the same positions added."""
+    def __init__(self, n_layer=3, n_head=4, C=128):
+        super().__init__()
+        self.wte, self.pos, self.head = nn.Embedding(b.VOCAB, C), nn.Linear(3, C), nn.Linear(C, b.VOCAB)
+        layer = nn.TransformerDecoderLayer(C, n_head, 4 * C, dropout=0.0, batch_first=True, norm_first=True)
+        self.decoder = nn.TransformerDecoder(layer, n_layer)
+
+    def forward(self, ids, pos, mem, at, sort):
+        M, n, T = ids.shape
+        memory = (self.wte(mem) + self.pos(at)).repeat_interleave(n, 0)
+        x = (self.wte(ids) + self.pos(pos)).flatten(0, 1)
+        mask = nn.Transformer.generate_square_subsequent_mask(T)
+        pad = torch.zeros(sort.shape).masked_fill(sort < 0, -torch.inf).repeat_interleave(n, 0)
+        return self.head(self.decoder(x, memory, tgt_mask=mask, memory_key_padding_mask=pad, tgt_is_causal=True)).view(M, n, T, -1)
+
+
+def physics():
+    rng = np.random.default_rng(0)
+    g = b.make_games(rng, 64, 16, QUOTES, **SIZES["full"])
+    which, r, c, d = np.repeat(np.arange(64), 16), g["R"][..., 0].ravel(), g["C"][..., 0].ravel(), g["D"][..., 0].ravel()
+
+    def ours():
+        b.paths(g["fields"], which, r, c, d, 50)
+        return len(r) * 50
+
+    def loop():
+        for i in range(20):
+            solid, (y, x), (dy, dx) = (g["fields"][which[i]] > 0).tolist(), (int(r[i]), int(c[i])), map(int, b.STEP[d[i]])
+            for _ in range(50):
+                V, H, X = solid[y + dy][x], solid[y][x + dx], solid[y + dy][x + dx]
+                fy, fx = (V or not H, H or not V) if X else (V and H, V and H)
+                y, x, dy, dx = y + dy * (not fy), x + dx * (not fx), -dy if fy else dy, -dx if fx else dx
+        return 20 * 50
+    show("physics", "steps/s", in_turns(5, paths=ours, loop=loop), "; asked of paths: 100,000 steps/s on one core")
+
+
+def training(size):
+    ours, peer = b.Bouncer(3, 4, 128, "pen"), Peer()
+    g = b.make_games(np.random.default_rng(0), 8, 6, QUOTES, **SIZES[size])
+    ids, pos = (torch.from_numpy(x) for x in b.pen(g, "pen"))
+    memory = [torch.from_numpy(x) for x in b.memory_of(g, "pen")]
+
+    def step(model, loss):
+        opt = torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
+
+        def job():
+            with torch.autocast("cpu", torch.bfloat16):
+                value = loss()
+            opt.zero_grad()
+            value.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            opt.step()
+            return 1
+        job()
+        return job
+
+    theirs = lambda: F.cross_entropy(peer(ids[..., :-1], pos[..., :-1, :], *memory).flatten(0, 2).float(), ids[..., 1:].flatten(), ignore_index=b.PAD)
+    show(f"training, {size} mazes, {sum(w.numel() for w in ours.parameters()):,} and {sum(w.numel() for w in peer.parameters()):,} parameters", "steps/s",
+         in_turns(5, ours=step(ours, lambda: b.loss_of(ours, g, "cpu")), TransformerDecoder=step(peer, theirs)))
+
+
+@torch.inference_mode()
+def generation():
+    ours, peer = b.Bouncer(3, 4, 128, "pen").eval(), Peer().eval()
+    g = b.make_games(np.random.default_rng(0), 16, 1, QUOTES[-1:], **SIZES["full"])
+    ids, pos = (torch.from_numpy(x) for x in b.pen(g, "pen"))
+    memory, L = [torch.from_numpy(x) for x in b.memory_of(g, "pen")], ids.size(2)
+    ours.head.weight[b.END] = -100.0 * ours.head.weight.mean()          # neither ends early: both write L tokens
+
+    def cached():
+        with torch.autocast("cpu", torch.bfloat16):
+            return b.generate(ours, g, "cpu")[0].size
+
+    def plain():
+        with torch.autocast("cpu", torch.bfloat16):
+            for s in range(1, L):
+                peer(ids[..., :s], pos[..., :s, :], *memory)[..., -1, :].argmax(-1)
+        return 16 * (L - 1)
+    show("generation, 16 full-size games", "tokens/s", in_turns(3, ours=cached, TransformerDecoder=plain))
+
+
+if __name__ == "__main__":
+    print(f"{platform.machine()} x{torch.get_num_threads()} threads, torch {torch.__version__}")
+    physics()
+    for size in SIZES:
+        training(size)
+    generation()

@@ -46,7 +46,7 @@ def get_args(argv=None):
     p.flag("condition", "rate", "rate: reward per step still to earn; rtg: the return-to-go itself", choices=["rate", "rtg"])
     p.flag("context", 2, "K, the steps that the model sees; a step is three tokens, and each passes all of the trunk")
     # training
-    p.flag("steps", 2000, "gradient steps")
+    p.flag("steps", 1000, "gradient steps")
     p.flag("batch_size", 32, "windows of K steps per gradient step")
     p.flag("lr", 1e-3, "AdamW's peak learning rate")
     p.flag("warmup", 50, "steps up to the peak; a cosine down to a tenth of it follows")

@@ -23,7 +23,7 @@ def get_args(argv=None):
     p = common.Flags(__doc__)
     # what is asked of the cheetah
     p.flag("target_rew", 1200.0, "return to run at, summed over the episode")
-    p.flag("targets", None, "several returns, for a table and a figure: 300 600 1200", nargs="+", type=float)
+    p.flag("targets", None, "several returns, for a table: 300 600 1200", nargs="+", type=float)
     p.flag("episodes", 10, "episodes per target, each from its own start; with an LLM each step of each is a request")
     p.flag("max_steps", T_DATA, "steps of 0.05 s per episode; the original's videos have 100")
     # what is retrieved
@@ -292,13 +292,15 @@ def post(args, key, idempotent, body):
                 raw += block
                 if len(raw) > 1e6:
                     raise ValueError
+        hide = lambda text: re.sub(r"\bsk-[\w*.-]{8,}", "[key]", text.replace(key, "[key]") if key else text)  # should a server repeat it
         if status == 200:
             data = json.loads(raw)
-            text, use = str(data["choices"][0]["message"].get("content") or ""), data.get("usage") or {}
-            text = re.sub(r"\bsk-[\w*.-]{8,}", "[key]", text.replace(key, "[key]") if key else text)    # should a server repeat it
+            text, use = hide(str(data["choices"][0]["message"].get("content") or "")), data.get("usage") or {}
             most = dict(prompt_tokens=len(json.dumps(body)), completion_tokens=len(text.encode("utf-8", "replace")))
             used = [use[k] if type(use.get(k)) is int and use[k] >= 0 else most[k] for k in most]       # a token is a byte or more
             got = {"reply": text, "in": used[0], "out": used[1], "seconds": round(time.monotonic() - began, 3)}
+        elif status in (400, 404, 422):
+            got["why"] += hide(" " + " ".join(re.findall(r'"message": *"([^"]{1,200})', raw.decode("utf-8", "replace"))))
         elif after:
             got["after"] = (float(after) if re.fullmatch(r"[\d.]{1,9}", after)
                             else email.utils.parsedate_to_datetime(after).timestamp() - time.time())
@@ -417,23 +419,6 @@ def evaluate(args, store, targets, controller=None):
         diary.append((sim.state[0, 1:10].copy(), earned[0], targets[0]))
     return earned, fell, np.stack(actions), diary, searching / H
 
-
-def figure(targets, earned, path):
-    """targets, earned (n,) -> a PNG of target against reached: episodes as dots, means as a line."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    fig, ax = plt.subplots(figsize=(6, 6), dpi=120)
-    x = np.unique(targets)
-    ax.plot([0, 1.05 * max(x)], [0, 1.05 * max(x)], color="0.8", lw=4, zorder=0)
-    ax.plot(x, [earned[targets == t].mean() for t in x], lw=1.5)
-    ax.plot(targets, earned, ".", ms=3, alpha=0.35)
-    ax.set(xlabel="return asked for", ylabel="return reached")
-    ax.spines[["top", "right"]].set_visible(False)
-    with common.whole_file(path) as part:
-        fig.savefig(part, bbox_inches="tight")
-    return path
-
 # ---- main ------------------------------------------------------------------------------------------------------------------
 
 def journal_file(args):
@@ -461,13 +446,11 @@ def main():
         table.append([float(x[0]), float(g.mean().round(1)), float(g.std().round(1)), int(f.sum())])
     metrics = dict(asked=args.targets, reached=[row[1] for row in table], error_percent=round(100 * error.mean(), 2), episodes=len(earned),
                    fell=int(fell.sum()), k=args.k, steps_in_store=store.steps, ms_per_query=round(1000 * searching / len(asked), 3), table=table)
-    if len(args.targets) > 1:
-        metrics["figure"] = str(figure(asked, earned, OUT / "rag_cheetah_targets.png"))
     if controller:
         replies = [r for r in controller.journal.replies.values() if r["reply"] is not None]
         seconds = np.array([r["seconds"] for r in replies] or [0.0])
         metrics.update(controller.counts, faults=controller.faults, tokens_in=sum(r["in"] for r in replies),
-                       tokens_out=sum(r["out"] for r in replies), cost=round(controller.journal.spent, 6),
+                       tokens_out=sum(r["out"] for r in replies), cost=round(controller.journal.spent, 6), unsettled=round(sum(controller.journal.open.values()), 6),
                        latency=round(float(np.median(seconds)), 3), latency_p95=round(float(np.percentile(seconds, 95)), 3), journal=str(file))
     name = f"rag_cheetah_{re.sub(r'[^A-Za-z0-9.-]+', '_', args.llm)}_{args.targets[0]:.0f}"
     with common.whole_file(OUT / f"{name}.npz") as part:

@@ -323,11 +323,12 @@ def test_the_fallback_is_the_neighbours_mean(serve, go):
 
 @pytest.mark.parametrize("status", [400, 401, 404])
 def test_a_refusal_is_one_sentence_and_no_retry(serve, go, capsys, status):
-    server = serve(lambda h, body: h.send("{}", status))
+    server = serve(lambda h, body: h.send(json.dumps(dict(error=dict(message=f"no such model, {KEY}"))), status))
     with pytest.raises(SystemExit) as e:
         go(server, "--episodes", 1, "--max_steps", 5)
     err = [x for x in capsys.readouterr().err.splitlines() if "\r" not in x and x.strip() and "it/s" not in x and "step" not in x]
-    assert e.value.code == 2 and len(server.bodies) == 1 and len(err) == 1 and f"HTTP {status}" in err[0], err
+    assert e.value.code == 2 and len(server.bodies) == 1 and len(err) == 1 and f"HTTP {status}" in err[0] and KEY not in err[0], err
+    assert ("no such model" in err[0]) == (status != 401)
 
 
 def test_a_dead_endpoint_ends_in_a_sentence(serve, go, capsys):
@@ -348,3 +349,66 @@ def test_no_request_beyond_max_cost(serve, go, capsys):
     with pytest.raises(SystemExit):
         go(server, "--episodes", 1, "--max_steps", 50, "--max_cost", 0)
     assert len(server.bodies) * 0.00108 == spent                            # 0 only shows the plan
+
+# ---- the command -------------------------------------------------------------------------------------------------------------------
+
+def test_smoke_alone_in_an_empty_folder(alone):
+    some_episodes(alone.folder / "e.hdf5")
+    r = alone("rag_cheetah.py", "--smoke", "--dataset", "e.hdf5", "--targets", "300", "600", files=())
+    assert r.returncode == 0, r.stderr
+    m = json.loads((alone.folder / "out/results.jsonl").read_text().splitlines()[-1])["metrics"]
+    assert (alone.folder / m["video"]).stat().st_size > 1000
+    z = common.load_arrays(alone.folder / m["actions"])
+    assert z["actions"].shape == (100, 4, 6) and z["targets"].tolist() == [300, 300, 600, 600] and [x[0] for x in m["table"]] == [300, 600]
+    assert r.stdout.splitlines()[-1].startswith("result rag_cheetah.py:") and "kNN (0 parameters, 0 s of training)" in r.stdout
+    (kept,) = alone.folder.glob("out/rag_store_*.npz")                      # the store is kept, and found again
+    before = kept.stat().st_mtime_ns
+    assert alone("rag_cheetah.py", "--smoke", "--dataset", "e.hdf5", "--no-video").returncode == 0 and kept.stat().st_mtime_ns == before
+    kept.write_bytes(kept.read_bytes()[:1000])
+    assert kept.name in refused(alone("rag_cheetah.py", "--smoke", "--dataset", "e.hdf5"))
+
+
+def test_a_users_mistake_is_one_sentence(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    some_episodes(tmp_path / "e.hdf5", 2, 10)
+    for flags in (["--nonsense"], ["--k", "0"], ["--k", "many"], ["--targets", "fast"], ["--target_rew", "nan"], ["--episodes", "0"], ["--temperature", "3"],
+                  ["--rate_weight", "nan"], ["--dataset", "gone.hdf5"], ["--llm", "gpt"], ["--llm", "gpt", "--price_in", "1", "--price_out", "2"],
+                  ["--llm", "gpt", "--price_in", "0", "--price_out", "0", "--api_base", "http://me:secret@host/v1"]):
+        monkeypatch.setattr(sys, "argv", ["rag_cheetah.py", "--smoke", "--dataset", "e.hdf5", *flags])
+        with pytest.raises(SystemExit) as e:
+            common.run(rag.main)
+        err = capsys.readouterr().err
+        assert e.value.code == 2 and len(err.strip().splitlines()) == 1 and "secret" not in err, (flags, err)
+    monkeypatch.setenv("OPENAI_API_KEY", "two words")
+    with pytest.raises(SystemExit):
+        rag.read_key(rag.get_args(["--llm", "gpt", "--price_in", "1", "--price_out", "2"]))
+    assert "two words" not in capsys.readouterr().err
+
+
+def test_a_run_that_is_killed_goes_on_in_a_new_process(serve, tmp_path):
+    """kill -9 in the middle of an episode; the second process asks for the rest only, and ends at the same table."""
+    server = serve(lambda h, body: h.reply(steady(body["messages"][1]["content"])))
+    some_episodes(tmp_path / "e.hdf5")
+    cmd = [sys.executable, str(ROOT / "rag_cheetah.py"), "--dataset", "e.hdf5", "--llm", "test", "--api_base", server.url, "--price_in", "1", "--price_out", "2",
+           "--no-video", "--episodes", "2", "--max_steps", "60"]
+    env = dict(os.environ, OPENAI_API_KEY=KEY)
+    p, end = subprocess.Popen(cmd, cwd=tmp_path, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL), time.time() + 60
+    while len(server.bodies) < 40 and p.poll() is None and time.time() < end:
+        time.sleep(0.002)
+    assert p.poll() is None
+    p.send_signal(signal.SIGKILL)
+    p.wait()
+    asked = len(server.bodies)
+    r = subprocess.run(cmd, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert r.returncode == 0 and KEY not in r.stdout + r.stderr, r.stderr
+    (path,) = tmp_path.glob("out/rag_test_*.jsonl")
+    lines = [json.loads(x) for x in path.read_text().splitlines()]
+    replies = [x for x in lines if "reply" in x]
+    assert len(replies) == len({x["key"] for x in replies}) == 120
+    assert len(server.bodies) <= 120 + 2 and asked < len(server.bodies)         # asked twice: at most what was under way at the kill
+    for p in tmp_path.glob("out/rag_test_*.jsonl"):
+        p.unlink()
+    table = json.loads((tmp_path / "out/results.jsonl").read_text().splitlines()[-1])["metrics"]["table"]
+    r = subprocess.run(cmd, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert json.loads((tmp_path / "out/results.jsonl").read_text().splitlines()[-1])["metrics"]["table"] == table

@@ -1,0 +1,702 @@
+"""ppo_char.py: reinforcement learning on a small character transformer, each part of it checked.
+
+    python ppo_char.py
+
+Measured: TODO
+Papers: PPO (Schulman et al. 2017, arXiv 1707.06347), GAE (1506.02438), GRPO (2402.03300), Dr. GRPO (2503.20783), RLOO (2402.14740),
+Llama 2 (2307.09288, section 3). Differs from them in:
+1. TODO
+Not handled: prompts longer than --prompt_len tokens (their end is kept); mini-batches within a batch of completions.
+"""
+import collections, copy, hashlib, json, math, pathlib, re, sys, time
+
+import numpy as np
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+import common
+from common import sorry
+
+PAD, BOS, EOS, UNK = range(4)
+OUT, DATA, SAVE_EVERY, BEAM_EVERY = pathlib.Path("out"), pathlib.Path(__file__).resolve().parent / "data", 20, 10
+
+# ---- flags -----------------------------------------------------------------------------------------------------------------
+
+def get_args(argv=None):
+    p = common.Flags(__doc__)
+    # what is wanted
+    p.flag("algo", "ppo", "how the policy is improved; rlhf: Llama 2's whole recipe", choices="ppo grpo dr_grpo rloo rejection rlhf".split())
+    p.flag("reward", "pattern", "what is rewarded; model: a reward model, learned from a judge's preferences",
+           choices="pattern white_more white_less letters length model".split())
+    p.flag("pattern", "b c", "the text whose occurrences --reward pattern counts")
+    p.flag("letters", "xdj", "--reward letters: tokens made of nothing but these")
+    p.flag("per_step", False, "reward each token with what it adds to the score, not the last one with all of it")
+    # data and tokens
+    p.flag("corpus", [str(DATA / "quotes.txt"), str(DATA / "patterns.txt")], "texts to pretrain on, one example per line, UTF-8; rlhf's prompts "
+           "come from the first", nargs="+")
+    p.flag("vocab_size", 256, "all characters of the corpus, then its most frequent words, up to this many tokens")
+    p.flag("prompt_len", 8, "longest prompt in tokens")
+    p.flag("max_new", 24, "longest completion in tokens")
+    # model
+    p.flag("n_layer", 2, "transformer blocks")
+    p.flag("n_head", 4, "attention heads")
+    p.flag("n_embd", 64, "width of a token")
+    p.flag("pos", "learned", "how the model knows where a token stands", choices=["learned", "sinusoidal", "rotary"])
+    p.flag("n_predict", 1, "tokens drawn at a time, independently of each other")
+    p.flag("value", "shared", "the critic: a head on the policy's trunk, or a model of its own", choices=["shared", "separate"])
+    # pretraining
+    p.flag("steps", 600, "gradient steps of pretraining")
+    p.flag("batch_size", 64, "lines per step")
+    p.flag("lr", 3e-3, "AdamW's peak learning rate in pretraining; a cosine goes down to a tenth of it")
+    # reinforcement learning
+    p.flag("iterations", 100, "rounds of sampling and updating")
+    p.flag("prompts", 16, "prompts per round")
+    p.flag("group", 8, "completions per prompt: G of GRPO and RLOO, K of rejection sampling")
+    p.flag("epochs", 4, "gradient steps on each round's completions")
+    p.flag("rl_lr", 1e-3, "AdamW's learning rate in reinforcement learning")
+    p.flag("clip", 0.2, "how far the ratio may go from 1, and a value from its old one, in one round")
+    p.flag("gamma", 1.0, "discount; 1: texts are short, and what counts is their whole score")
+    p.flag("lam", 0.95, "GAE's lambda: 1 trusts the returns, 0 the critic")
+    p.flag("kl", 0.01, "weight of the KL divergence to the frozen start: higher keeps the text nearer to what it was")
+    p.flag("entropy", 0.0, "weight of the entropy bonus")
+    p.flag("vf", 0.5, "weight of the critic's loss")
+    p.flag("normalize", "advantages", "PPO: whiten the advantages, the rewards over the whole batch, or nothing", choices=["advantages", "rewards", "none"])
+    p.flag("reward_scale", 1.0, "multiplies what the learner sees (not what is reported)")
+    p.flag("temperature", 1.0, "of sampling, at the first round")
+    p.flag("temperature_end", 1.0, "at the last round; linear between")
+    p.flag("epsilon", 0.0, "share of tokens drawn at random, at the first round; it is part of the policy, so the ratio knows of it")
+    p.flag("epsilon_end", 0.0, "at the last round")
+    # Llama 2's recipe
+    p.flag("pairs", 512, "preference pairs that the judge sees per version")
+    # what comes out
+    p.flag("beam", 5, "width of the beam search shown beside sampling")
+    p.flag("seed", 0, "of weights, batches and samples")
+    p.flag("smoke", False, "the same path with tiny numbers, under a minute")
+    if "--smoke" in (sys.argv if argv is None else argv):       # its numbers are defaults: other flags still win over them
+        p.set_defaults(steps=20, batch_size=16, n_embd=32, iterations=4, prompts=4, group=4, epochs=2, pairs=64, beam=2)
+    args = p.parse_args(argv)
+    for names, low, high in (("prompt_len max_new n_layer n_head n_embd n_predict steps batch_size iterations prompts epochs pairs beam", 1, 1e9),
+                             ("group", 2, 1e9), ("epsilon epsilon_end gamma lam", 0, 1), ("kl entropy vf", 0, 1e9),
+                             ("lr rl_lr clip temperature temperature_end reward_scale", 1e-9, 1e9)):
+        for name in names.split():
+            if not low <= getattr(args, name) <= high:
+                p.error(f"argument --{name}: must be between {low:g} and {high:g}")
+    if args.n_embd % (2 * args.n_head):
+        p.error(f"argument --n_head: {args.n_head} heads do not share {args.n_embd} dimensions evenly, in pairs")
+    args.device = common.pick_device()
+    return args
+
+# ---- data: quotes, letter patterns, and a trie that turns them into tokens ---------------------------------------------------
+
+def read_lines(path):
+    """The lines of a UTF-8 text that are not empty; what is no such text gets a sentence."""
+    try:
+        text = pathlib.Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        text = "\0"
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if "\0" in text or len(lines) < 20:
+        sorry(f"{path} is not UTF-8 text" if "\0" in text else f"{path} has {len(lines)} lines of text; at least 20 are needed")
+    return lines
+
+
+class Tokenizer:
+    """All characters of the lines, then their most frequent words, up to vocab_size; longest match first. A character that
+    the lines do not have becomes UNK, which decodes to U+FFFD: everything else comes back as it was."""
+    def __init__(self, lines, vocab_size):
+        chars = sorted(set("".join(lines)))
+        if vocab_size < len(chars) + 4:
+            sorry(f"--vocab_size {vocab_size} is too small: the corpus has {len(chars)} characters, and 4 tokens are special")
+        count = collections.Counter(w for line in lines for w in re.findall(r"[^\W\d_]{2,}", line))
+        words = sorted(count, key=lambda w: (-count[w], w))[:vocab_size - len(chars) - 4]
+        self.tokens = ["", "", "", "\ufffd", *chars, *words]
+        self.trie = {}                              # a node maps a character to the next node, and None to the token that ends here
+        for i, token in enumerate(self.tokens[4:], 4):
+            node = self.trie
+            for ch in token:
+                node = node.setdefault(ch, {})
+            node[None] = i
+
+    def encode(self, text):
+        ids, i = [], 0
+        while i < len(text):
+            node, best, end, j = self.trie, UNK, i + 1, i
+            while j < len(text) and text[j] in node:
+                node, j = node[text[j]], j + 1
+                if None in node:
+                    best, end = node[None], j
+            ids.append(best)
+            i = end
+        return ids
+
+    def decode(self, ids):
+        return "".join(self.tokens[i] for i in ids)
+
+
+class Corpus:
+    """The files' lines as lists of ids, BOS ... EOS; every twentieth is held out. prompts: those of the first file, for rlhf.
+    Reinforcement learning only makes more frequent what happens at all: so the second file has letter patterns ("b c d", "xdxd")."""
+    def __init__(self, args):
+        files = [read_lines(path) for path in args.corpus]
+        self.tok = Tokenizer([line for lines in files for line in lines], args.vocab_size)
+        self.words = set(re.findall(r"[^\W\d_]+", " ".join(files[0])))
+        files = [[[BOS, *self.tok.encode(line), EOS] for line in lines] for lines in files]
+        self.held = [line for lines in files for line in lines[::20]]
+        self.train = [line for lines in files for i, line in enumerate(lines) if i % 20]
+        self.quotes = self.train[:len(files[0]) - len(files[0][::20])]
+
+
+def pad(rows, width, side):
+    """Lists of ids -> (B, width), PAD on the left (completions then begin in one column) or right, and the pads per row (B,)."""
+    n = torch.tensor([width - len(r) for r in rows])
+    rows = [[PAD] * (width - len(r)) + r if side == "left" else r + [PAD] * (width - len(r)) for r in rows]
+    return torch.tensor(rows), n
+
+
+def draw_prompts(lines, n, copies, args, rng, tails=False):
+    """n beginnings of lines, 1 to prompt_len tokens, each `copies` times side by side -> ids (n copies, P), pads on the left
+    (n copies,), the rest of each line. tails: cut so near the end that the rest fits max_new, the prompt being what comes before."""
+    P, prompts, rests = args.prompt_len, [], []
+    for i in rng.integers(0, len(lines), n):
+        first, end = (len(lines[i]) - args.max_new, len(lines[i]) - 1) if tails else (1, min(P, len(lines[i]) - 1) + 1)
+        cut = int(rng.integers(max(1, first), end))
+        prompts.append(lines[i][max(0, cut - P):cut])
+        rests.append(lines[i][cut:])
+    ids, left = pad(prompts, P, "left")
+    return ids.to(args.device).repeat_interleave(copies, 0), left.to(args.device).repeat_interleave(copies), rests
+
+# ---- model -------------------------------------------------------------------------------------------------------------------
+
+class Block(nn.Module):
+    """GPT-2's pre-norm block with ReLU and a hidden layer of 2 C, as wide as this little text needs."""
+    def __init__(self, C, n_head):
+        super().__init__()
+        self.n_head, self.ln_1, self.ln_2 = n_head, nn.LayerNorm(C), nn.LayerNorm(C)
+        self.qkv, self.proj, self.up, self.down = nn.Linear(C, 3 * C), nn.Linear(C, C), nn.Linear(C, 2 * C), nn.Linear(2 * C, C)
+
+    def forward(self, x, mask, turn, cache):
+        """x (B, T, C); mask (B, 1, T, S) of what may be seen; turn: rotary's (cos, sin) or None; cache: {} or a dict to keep k, v in."""
+        B, T, C = x.shape
+        q, k, v = self.qkv(self.ln_1(x)).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)     # (B, nh, T, hs) each
+        if turn is not None:
+            q, k = rotate(q, *turn), rotate(k, *turn)
+        if cache is not None:
+            if "k" in cache:
+                k, v = torch.cat([cache["k"], k], 2), torch.cat([cache["v"], v], 2)                 # (B, nh, S, hs)
+            cache["k"], cache["v"] = k, v
+        att = q @ k.transpose(2, 3) * (C // self.n_head)**-0.5      # (B, nh, T, S)
+        att = att.masked_fill(~mask, -1e9).softmax(3)               # not -inf: a pad sees nothing, and would be NaN
+        x = x + self.proj((att @ v).transpose(1, 2).reshape(B, T, C))
+        return x + self.down(F.relu(self.up(self.ln_2(x))))
+
+
+def rotate(x, cos, sin):
+    """RoPE (arXiv 2104.09864 eq. 34): x (B, nh, T, hs), each pair (x_i, x_i+hs/2) turned by its angle; cos, sin (B, 1, T, hs/2)."""
+    a, b = x.chunk(2, 3)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], 3)
+
+
+class Transformer(nn.Module):
+    """Policy, critic and reward model are all this one: `predict` reads tokens off its trunk, `value` a number."""
+    def __init__(self, V, block_size, args):
+        super().__init__()
+        C, self.pos, self.n_predict, self.n_head = args.n_embd, args.pos, args.n_predict, args.n_head
+        self.wte, self.wpe = nn.Embedding(V, C), nn.Embedding(block_size, C) if args.pos == "learned" else None
+        self.blocks, self.ln_f = nn.ModuleList(Block(C, args.n_head) for _ in range(args.n_layer)), nn.LayerNorm(C)
+        self.ahead = nn.Linear(C, args.n_predict * C) if args.n_predict > 1 else None
+        self.lm_head, self.value_head = nn.Linear(C, V), nn.Linear(C, 1)
+        for m in self.modules():                                    # GPT-2's initialisation
+            if isinstance(m, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(m.weight, std=0.02)
+            if isinstance(m, nn.Linear):
+                nn.init.zeros_(m.bias)
+        nn.init.zeros_(self.value_head.weight)
+
+    def forward(self, ids, left, cache=None):
+        """ids (B, T), after those in cache (a list of a dict per block); left (B,): pads on the left of each row. -> (B, T, C)"""
+        B, T = ids.shape
+        C, S = self.wte.embedding_dim, T + (cache[0]["k"].size(2) if cache and cache[0] else 0)
+        slot, left = torch.arange(S, device=ids.device), left[:, None]
+        pos = (slot[-T:] - left).clamp(min=0)                       # (B, T): pads are not counted
+        x, turn = self.wte(ids), None
+        if self.pos == "learned":
+            x = x + self.wpe(pos)
+        else:
+            half = (C if self.pos == "sinusoidal" else C // self.n_head) // 2
+            angle = pos[:, :, None] * 10000**(-torch.arange(half, device=ids.device) / half)        # (B, T, half)
+            if self.pos == "sinusoidal":                            # scaled to the embeddings' own size, or it drowns them
+                x = x + 0.02 * torch.cat([angle.sin(), angle.cos()], 2)
+            else:
+                turn = angle.cos()[:, None], angle.sin()[:, None]
+        mask = (slot <= slot[-T:, None]) & (slot >= left[:, :, None])   # (B, T, S): the past, without the pads
+        for i, block in enumerate(self.blocks):
+            x = block(x, mask[:, None], turn, cache and cache[i])
+        return self.ln_f(x)
+
+    def predict(self, x):
+        """hidden states (B, K, C) -> logits (B, K, N, V) of the N tokens that follow each, none of which sees the others."""
+        B, K, C = x.shape
+        x = x[:, :, None] if self.ahead is None else x[:, :, None] + self.ahead(x).view(B, K, self.n_predict, C)
+        return self.lm_head(x)
+
+    def value(self, x):
+        return self.value_head(x)[..., 0]
+
+# ---- rewards: automata over tokens, so that what can be attained is known -------------------------------------------------------
+
+class Rule:
+    """A named reward as an automaton: reading token v in state s earns gain[s, v] and leads to then[s, v]. All scores are
+    divided by the best that any completion can earn, found exactly by dynamic programming: so they end in [0, 1]."""
+    def __init__(self, args, tok):
+        V, R, name = len(tok.tokens), args.max_new, args.reward
+        S = dict(pattern=len(args.pattern), length=R + 1).get(name, 1)
+        self.gain, self.then = torch.zeros(S, V), torch.zeros(S, V, dtype=torch.long)
+        for v, token in enumerate(tok.tokens):
+            for s in range(S):
+                if name == "pattern":               # the state: how many characters of the pattern have been read
+                    g, text = 0, args.pattern[:s]
+                    for ch in token:
+                        text += ch
+                        if text == args.pattern:    # found: begin anew, as str.count does
+                            g, text = g + 1, ""
+                        while not args.pattern.startswith(text):
+                            text = text[1:]
+                    self.gain[s, v], self.then[s, v] = g, len(text)
+                elif name == "length":              # end after R // 2 tokens: all of it comes with EOS
+                    self.gain[s, v], self.then[s, v] = (v == EOS) * (1 - abs(s - R // 2) / (R - R // 2)), min(s + 1, R)
+                elif token and v != UNK:
+                    self.gain[s, v] = dict(white_more=token.isspace(), white_less=not token.isspace(), letters=set(token) <= set(args.letters))[name]
+        best = torch.zeros(S)
+        for _ in range(R):
+            go = self.gain + best[self.then]
+            go[:, EOS] = self.gain[:, EOS]
+            best = go[:, EOS:].clone().index_fill_(1, torch.tensor([UNK - EOS]), 0).amax(1)     # PAD, BOS, UNK are never drawn
+        self.maximum = best[0].item()
+        if self.maximum == 0:
+            sorry(f"no completion of {R} tokens of this vocabulary can earn any --reward {name}")
+
+    def __call__(self, ids, left, mask):
+        """ids (B, P + R), mask (B, R) of real tokens -> the score of each prefix of the completions, (B, R)."""
+        tokens, gains = ids[:, -mask.size(1):].cpu(), []
+        s = torch.zeros(len(ids), dtype=torch.long)
+        for t in range(mask.size(1)):
+            gains.append(self.gain[s, tokens[:, t]])
+            s = self.then[s, tokens[:, t]]
+        return (torch.stack(gains, 1).to(mask.device) * mask).cumsum(1) / self.maximum
+
+
+class Learned:
+    """A reward model's score r as a reward: sigmoid(r - mean), mean being the start's, is the probability (in the model's own
+    terms, Bradley and Terry's) that a completion beats one of the start."""
+    maximum = 1.0
+
+    def __init__(self, model, mean):
+        self.model, self.mean = model, mean
+
+    @torch.no_grad()
+    def __call__(self, ids, left, mask):
+        return torch.sigmoid(self.model.value(self.model(ids, left))[:, -mask.size(1):] - self.mean)
+
+# ---- the idea: a text is a trajectory, a token an action ----------------------------------------------------------------------
+# every tensor below is (B, R): R columns of completion, the same for all rows because prompts are padded on the left; mask is
+# 1 up to and including EOS, and 0 after it
+
+def policy_logp(logits, temperature=1.0, epsilon=0.0):
+    """logits (..., V) -> log-probabilities of the policy that acts: softmax at a temperature, mixed with a share epsilon of
+    uniform noise. Sampling and update both use it, so exploration is no off-policy error. PAD, BOS and UNK are never drawn."""
+    never = torch.zeros(logits.size(-1), device=logits.device)
+    never[[PAD, BOS, UNK]] = -1e9                   # not -inf: p log p must be 0, not NaN
+    logp = ((logits if temperature == 1 else logits / temperature) + never).log_softmax(-1)
+    if epsilon:
+        logp = torch.logaddexp(logp + math.log1p(-epsilon) if epsilon < 1 else logp - 1e9, math.log(epsilon / (len(never) - 3)) + never)
+    return logp
+
+
+def completion_mask(tokens):
+    """tokens (B, R) -> bool (B, R): True for all tokens up to the first EOS and for it, False after."""
+    ended = (tokens == EOS).cumsum(1)
+    return ended - (tokens == EOS).long() == 0
+
+
+@torch.no_grad()
+def rollout(model, prompts, left, R, temperature=1.0, epsilon=0.0):
+    """Sample a completion of each prompt (B, P), keys and values cached. -> ids (B, P + R), PAD after EOS; the log-probability
+    of each token as it was drawn (B, R); mask (B, R)."""
+    N, cache, new, tokens, logps = model.n_predict, [{} for _ in model.blocks], prompts, [], []
+    for _ in range(0, R, N):
+        logp = policy_logp(model.predict(model(new, left, cache)[:, -1:])[:, 0], temperature, epsilon)     # (B, N, V)
+        up_to = logp.exp().cumsum(2)                # draw by inverting the distribution: ten times faster than torch.multinomial
+        new = (up_to < torch.rand_like(up_to[:, :, :1]) * up_to[:, :, -1:]).sum(2)
+        tokens.append(new)
+        logps.append(logp.gather(2, new[:, :, None])[:, :, 0])
+    tokens, logps = torch.cat(tokens, 1)[:, :R], torch.cat(logps, 1)[:, :R]
+    mask = completion_mask(tokens)
+    return torch.cat([prompts, tokens.masked_fill(~mask, PAD)], 1), logps, mask
+
+
+def replay(model, ids, left, R, temperature=1.0, epsilon=0.0):
+    """The same tokens in one pass, with gradients: their log-probabilities (B, R), all tokens' (B, R, V), values (B, R). The token
+    in column c was drawn from the hidden state at c - 1 or, N at a time, at the last state before its group: P - 1, P - 1 + N, ..."""
+    P, N = ids.size(1) - R, model.n_predict
+    x = model(ids[:, :-1], left)[:, P - 1::N]                                                   # (B, R / N, C)
+    logp = policy_logp(model.predict(x).flatten(1, 2)[:, :R], temperature, epsilon)             # (B, R, V)
+    value = model.value(x).repeat_interleave(N, 1)[:, :R]
+    return logp.gather(2, ids[:, P:, None])[:, :, 0], logp, value
+
+
+def final(x, mask):
+    """x (B, R) at each row's last real token -> (B,)"""
+    return x.gather(1, mask.sum(1, keepdim=True) - 1)[:, 0]
+
+
+def gae(rewards, values, mask, gamma, lam):
+    """Generalised advantage estimation (arXiv 1506.02438 eq. 16): A_t = sum_l (gamma lam)^l delta_t+l with delta_t = r_t +
+    gamma V_t+1 - V_t, and V = 0 after the end, which is terminal. -> advantages, returns A + V."""
+    adv, last, after = torch.zeros_like(values), 0.0, 0.0
+    for t in reversed(range(values.size(1))):
+        delta = rewards[:, t] + gamma * after - values[:, t]
+        last = (delta + gamma * lam * last) * mask[:, t]
+        adv[:, t], after = last, values[:, t] * mask[:, t]
+    return adv, (adv + values) * mask
+
+
+def group_advantages(scores, G, algo):
+    """scores (B,), the G completions of a prompt side by side -> (B,), compared within each group and never over the array.
+    grpo: (r - mean) / std (2402.03300 sec. 4.1.2); dr_grpo: r - mean (2503.20783); rloo: r - the mean of the OTHERS (2402.14740)."""
+    r = scores.view(-1, G)
+    centred = r - r.mean(1, keepdim=True)
+    if algo == "grpo":
+        centred = centred / (r.std(1, keepdim=True) + 1e-4)         # a group without spread teaches nothing: 0, not 0 / 0
+    return (centred * G / (G - 1) if algo == "rloo" else centred).flatten()
+
+
+def whiten(x, mask):
+    """Mean 0 and spread 1 over what mask says is there."""
+    n = mask.sum()
+    mean = (x * mask).sum() / n
+    return (x - mean) / (((x - mean)**2 * mask).sum() / n + 1e-8).sqrt() * mask
+
+
+def policy_loss(logp, old, adv, clip):
+    """PPO's clipped surrogate (1707.06347 eq. 7), per token, to be minimised."""
+    ratio = (logp - old).exp()
+    return -torch.minimum(ratio * adv, ratio.clamp(1 - clip, 1 + clip) * adv)
+
+
+def value_loss(value, old, returns, clip):
+    """Squared error, the worse of the value and of the value kept within clip of its old self (as in OpenAI's PPO2)."""
+    return 0.5 * torch.maximum((value - returns)**2, (old + (value - old).clamp(-clip, clip) - returns)**2)
+
+
+def kl_k3(logp, ref):
+    """Schulman's k3: r - 1 - log r with r = ref / p, for tokens drawn from p: never negative, and right on average for
+    KL(p || ref). As a loss its gradient is that of KL(ref || p): it pulls the same way, a little more evenly."""
+    d = ref - logp
+    return d.exp() - 1 - d
+
+
+def average(x, mask, algo):
+    """Per token -> one number. ppo: mean over all tokens; grpo: each completion's mean first (long ones count no more than
+    short ones); dr_grpo, rloo: sums over a constant, which makes no token's weight depend on how long its text became."""
+    if algo == "grpo":
+        return ((x * mask).sum(1) / mask.sum(1)).mean()
+    return (x * mask).sum() / (mask.numel() if algo in ("dr_grpo", "rloo") else mask.sum())
+
+
+def ranking_loss(chosen, rejected, margin):
+    """Llama 2 eq. 2: -log sigmoid(r_chosen - r_rejected - margin), the margin growing with how clear the preference was."""
+    return -F.logsigmoid(chosen - rejected - margin)
+
+# ---- training ----------------------------------------------------------------------------------------------------------------
+
+def restore(file, **parts):
+    """Load modules and optimizers from a checkpoint if it is there. -> the rest of its state, {} without one."""
+    if not file.exists():
+        return {}
+    state = common.load_checkpoint(file)
+    try:
+        for name, part in parts.items():
+            part.load_state_dict(state.pop(name))
+    except (RuntimeError, KeyError, TypeError, ValueError, AttributeError):
+        sorry(f"{file} holds something of another shape than the flags ask for; remove it to start anew")
+    return state
+
+
+def descend(loss, optimizer, where):
+    """One gradient step; a loss that is not finite ends the program."""
+    if not math.isfinite(loss.item()):
+        sorry(f"the loss is not finite at {where}; a smaller --lr or --rl_lr may help")
+    optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
+    optimizer.step()
+
+
+def adamw(weights, lr):
+    return torch.optim.AdamW(weights, lr=lr, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0, fused=True)     # Llama 2's, without decay
+
+
+def next_token_loss(model, rows, device):
+    """Lists of ids -> cross-entropy of each token's successors, all N of them."""
+    ids, left = pad(rows, max(map(len, rows)) + model.n_predict - 1, "right")
+    targets = ids.to(device)[:, 1:].unfold(1, model.n_predict, 1)                           # (B, T, N)
+    logits = model.predict(model(ids.to(device)[:, :targets.size(1)], torch.zeros_like(left, device=device)))
+    return F.cross_entropy(logits.flatten(0, 2), targets.flatten(), ignore_index=PAD)
+
+
+def pretrain(corpus, args, file):
+    """Next-token prediction on the corpus, going on from file if it is there. -> model, held-out loss in nats per token."""
+    T = args.prompt_len + args.max_new
+    cut = lambda lines: [line[i:i + T + 1] for line in lines for i in range(0, len(line) - 1, T)]
+    train, held = cut(corpus.train), cut(corpus.held)
+    torch.manual_seed(args.seed)
+    model = Transformer(len(corpus.tok.tokens), T, args).to(args.device)
+    optimizer = adamw(model.parameters(), args.lr)
+    state = restore(file, model=model, optimizer=optimizer)
+    step, seconds = state.get("step", 0), state.get("seconds", 0.0)
+    began, bar = time.time() - seconds, tqdm(total=args.steps, initial=step, desc="pretraining", unit="step", disable=None)
+    while step < args.steps:
+        optimizer.param_groups[0]["lr"] = args.lr * min((step + 1) / 50, 0.55 + 0.45 * math.cos(math.pi * step / args.steps))
+        pick = np.random.default_rng((args.seed, 0, step)).integers(0, len(train), args.batch_size)
+        descend(next_token_loss(model, [train[i] for i in pick], args.device), optimizer, f"step {step} of pretraining")
+        step += 1
+        bar.update()
+        if step % 100 == 0 or step == args.steps:
+            seconds = time.time() - began
+            common.save_checkpoint(file, dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step, seconds=seconds))
+    bar.close()
+    with torch.no_grad():
+        loss = next_token_loss(model, held, args.device).item()
+    print(f"pretrained: {sum(p.numel() for p in model.parameters()):,} parameters, {step} steps, {seconds:.0f} s, held-out loss {loss:.3f} nats per token")
+    return model, loss
+
+
+def improve(name, algo, policy, start, reward, lines, args, file, tails=False, pool=None):
+    """Sample completions, score them, move the policy; args.iterations times, going on from file if it is there. -> its state:
+    curve, a list of (round, reward, KL, distinct, worst |ratio - 1| before the first inner step, beam's reward or nan), seconds,
+    and the pool of rejection sampling, {ids: (score, pads on the left)}."""
+    R, G, B = args.max_new, args.group, args.prompts * args.group
+    critic = policy if args.value == "shared" else copy.deepcopy(start).requires_grad_(True)
+    optimizer = adamw([*policy.parameters(), *(critic.parameters() if critic is not policy else ())], args.rl_lr)
+    state = dict(dict(step=0, curve=[], pool=pool or {}, seconds=0.0), **restore(file, policy=policy, critic=critic, optimizer=optimizer))
+    curve, pool = state["curve"], state["pool"]
+    began, bar = time.time() - state["seconds"], tqdm(total=args.iterations, initial=state["step"], desc=name, unit="round", disable=None)
+    for step in range(state["step"], args.iterations):
+        # prompts and samples depend on (seed, round) alone: a resumed run sees what an unbroken one would have seen
+        torch.manual_seed(1_000_003 * args.seed + step)
+        rng, done, error = np.random.default_rng((args.seed, 1, step)), step / max(1, args.iterations - 1), 0.0
+        heat = (args.temperature + (args.temperature_end - args.temperature) * done, args.epsilon + (args.epsilon_end - args.epsilon) * done)
+        prompts, left, _ = draw_prompts(lines, args.prompts, G, args, rng, tails)
+        ids, old, mask = rollout(policy, prompts, left, R, *heat)
+        prefix = reward(ids, left, mask)                            # (B, R)
+        score = final(prefix, mask)                                 # (B,)
+        with torch.no_grad():
+            ref = replay(start, ids, left, R)[0]
+        if algo == "ppo":
+            with torch.no_grad():
+                old_value = replay(critic, ids, left, R)[2]
+            earned = torch.diff(prefix, dim=1, prepend=torch.zeros_like(prefix[:, :1])) * mask      # each token what it adds,
+            if not args.per_step:                                                                   # or the last one all of it
+                earned = torch.zeros_like(prefix).scatter(1, mask.sum(1, keepdim=True) - 1, score[:, None])
+            earned = args.reward_scale * (whiten(earned, mask) if args.normalize == "rewards" else earned)
+            adv, returns = gae(earned, old_value, mask, args.gamma, args.lam)
+            adv = whiten(adv, mask) if args.normalize == "advantages" else adv
+        elif algo == "rejection":                                   # the winners of all rounds, the best 256 of them
+            pool.update({tuple(ids[i].tolist()): (score[i].item(), left[i].item())
+                         for i in score.view(-1, G).argmax(1) + torch.arange(0, B, G, device=args.device)})
+            pool = dict(sorted(pool.items(), key=lambda x: -x[1][0])[:256])
+        else:
+            adv = group_advantages(args.reward_scale * score, G, algo)[:, None].expand(-1, R)
+        for epoch in range(args.epochs):
+            if algo == "rejection":
+                winners = [list(pool)[i] for i in rng.integers(0, len(pool), B)]
+                won, won_left = (torch.tensor(x, device=args.device) for x in (winners, [pool[w][1] for w in winners]))
+                loss = average(-replay(policy, won, won_left, R)[0], completion_mask(won[:, -R:]), algo)
+            else:
+                logp, every, value = replay(policy, ids, left, R, *heat)
+                if epoch == 0:                                      # nothing has moved yet: whatever is not 1 here is a bug
+                    error = ((logp - old).exp() - 1).abs()[mask].max().item()
+                loss = average(policy_loss(logp, old, adv, args.clip) + args.kl * kl_k3(logp, ref), mask, algo)
+                if args.entropy:
+                    loss = loss + args.entropy * average((every.exp() * every).sum(2), mask, algo)
+                if algo == "ppo":
+                    value = value if critic is policy else replay(critic, ids, left, R)[2]
+                    loss = loss + args.vf * average(value_loss(value, old_value, returns, args.clip), mask, algo)
+            descend(loss, optimizer, f"round {step} of {name}")
+        shown = step % BEAM_EVERY == 0 or step == args.iterations - 1
+        kl = (kl_k3(old, ref) * mask).sum(1).mean().item()
+        curve.append((step, score.mean().item(), kl, distinct(ids[:, -R:]), error, beam_reward(policy, reward, lines, args, tails) if shown else math.nan))
+        bar.update()
+        bar.set_postfix(reward=f"{curve[-1][1]:.3f}", kl=f"{kl:.1f}")
+        if (step + 1) % SAVE_EVERY == 0 or step + 1 == args.iterations:
+            state = dict(step=step + 1, curve=curve, pool=pool, seconds=time.time() - began)
+            common.save_checkpoint(file, dict(state, policy=policy.state_dict(), critic=critic.state_dict(), optimizer=optimizer.state_dict()))
+    bar.close()
+    return state
+
+# ---- evaluation ----------------------------------------------------------------------------------------------------------------
+
+def distinct(tokens):
+    """tokens (B, R) -> the share of completions that are not said before by another row."""
+    return len({tuple(t) for t in tokens.tolist()}) / len(tokens)
+
+
+@torch.no_grad()
+def beam(policy, prompt, left, R, width):
+    """The completion of prompt (P,) that common.beam_search finds, by the sum of its log-probabilities. -> ids (1, P + R)"""
+    P, N = len(prompt), policy.n_predict
+
+    def step(ids, parent):                          # from the whole prefix each time: short enough to go without a cache
+        n = ids.size(1) - P
+        x = policy(ids.to(left.device), left.expand(len(ids)))[:, P - 1 + n // N * N, None]
+        return policy_logp(policy.predict(x)[:, 0, n % N])
+    ids, _ = common.beam_search(step, prompt.tolist(), width, R, eos=[EOS], length_penalty=0.0)
+    return torch.tensor([ids + [PAD] * (P + R - len(ids))], device=left.device)
+
+
+def beam_reward(policy, reward, lines, args, tails=False):
+    """Mean reward of beam search over four fixed prompts."""
+    prompts, left, _ = draw_prompts(lines, 4, 1, args, np.random.default_rng(2), tails)
+    ids = torch.cat([beam(policy, p, n, args.max_new, args.beam) for p, n in zip(prompts, left)])
+    mask = completion_mask(ids[:, -args.max_new:])
+    return final(reward(ids, left, mask), mask).mean().item()
+
+
+@torch.no_grad()
+def evaluate(policy, start, reward, lines, args, tails=False):
+    """8 samples for each of 32 prompts, temperature 1, no noise. -> metrics, ids (256, P + R)"""
+    torch.manual_seed(args.seed)
+    prompts, left, _ = draw_prompts(lines, 32, 8, args, np.random.default_rng(2), tails)
+    ids, logp, mask = rollout(policy, prompts, left, args.max_new)
+    ref = replay(start, ids, left, args.max_new)[0]
+    return dict(reward=final(reward(ids, left, mask), mask).mean().item(), beam=beam_reward(policy, reward, lines, args, tails),
+                kl=(kl_k3(logp, ref) * mask).sum(1).mean().item(), surprise=-average(ref, mask, "ppo").item(), distinct=distinct(ids[:, -args.max_new:])), ids
+
+
+def figure(path, panels, xlabel):
+    """panels: (ylabel, {name: (xs, ys)}) each -> a PNG, the panels side by side."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    fig, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3.2), dpi=110)
+    for ax, (ylabel, lines) in zip(axes, panels):
+        for name, (xs, ys) in lines.items():
+            ax.plot(xs, ys, ".-" if len(xs) < 50 else "-", label=name)
+        ax.set(xlabel=xlabel, ylabel=ylabel)
+        ax.legend(frameon=False)
+        ax.spines[["top", "right"]].set_visible(False)
+    with common.whole_file(path) as part:
+        fig.savefig(part, bbox_inches="tight")
+    return str(path)
+
+# ---- Llama 2's recipe: judge, reward model, V1 to V5 ---------------------------------------------------------------------------
+
+def judge(tokens, corpus):
+    """The programmatic judge: a good completion comes to an end and has many different words that the corpus knows. -> [0, 1]"""
+    return (EOS in tokens) * min(1.0, len(set(corpus.tok.decode(tokens).split()) & corpus.words) / 8)
+
+
+@torch.no_grad()
+def ask_judge(policy, corpus, n, args, rng):
+    """Two completions for each of n prompts -> ids (n, 2, P + R), the better first; left (n,); margin (n,): Llama 2's four
+    strengths of preference as margins 1, 2/3, 1/3, 0 (table 27). Ties are not asked about, so fewer than n come back."""
+    prompts, left, _ = draw_prompts(corpus.quotes, n, 2, args, rng, tails=True)
+    ids, _, _ = rollout(policy, prompts, left, args.max_new)
+    score = torch.tensor([judge(row[args.prompt_len:], corpus) for row in ids.tolist()], device=args.device).view(n, 2)
+    gap = (score[:, 0] - score[:, 1]).abs()
+    ids = torch.where((score[:, 0] > score[:, 1])[:, None, None], ids.view(n, 2, -1), ids.view(n, 2, -1).flip(1))
+    return [x[gap > 0] for x in (ids, left.view(n, 2)[:, 0], torch.bucketize(gap, torch.tensor([0.2, 0.4, 0.6], device=args.device)) / 3)]
+
+
+def rate(model, ids, left, R):
+    """Reward model's scalar for each completion: ids (..., P + R), left (...) -> (...)"""
+    x = model.value(model(ids.flatten(0, -2), left.flatten()))[:, -R:]
+    return final(x, completion_mask(ids.flatten(0, -2)[:, -R:])).view(left.shape)
+
+
+def learn_reward(policy, start, corpus, pairs, args, v):
+    """Ask the judge about the policy, add its answers to pairs, train a copy of start to rank them, one epoch. -> the reward, all
+    pairs, held-out accuracy per strength (nan: no such pair)."""
+    torch.manual_seed(v)
+    R, rng, model = args.max_new, np.random.default_rng((args.seed, 2, v)), copy.deepcopy(start).requires_grad_(True)
+    new, held = ask_judge(policy, corpus, args.pairs, args, rng), ask_judge(policy, corpus, 256, args, rng)
+    pairs = [torch.cat(x) for x in zip(pairs, new)] if pairs else new
+    order, optimizer = torch.randperm(len(pairs[0])), adamw(model.parameters(), 5e-4)
+    for at in range(0, len(order), 32):             # a cosine to a tenth after a warm-up of 3%, as Llama 2's
+        optimizer.param_groups[0]["lr"] = 5e-4 * min((at + 1) / (0.03 * len(order)), 0.55 + 0.45 * math.cos(math.pi * at / len(order)))
+        ids, left, margin = (x[order[at:at + 32]] for x in pairs)
+        r = rate(model, ids, left[:, None].expand(-1, 2), R)
+        descend(ranking_loss(r[:, 0], r[:, 1], margin).mean(), optimizer, f"pair {at} of the reward model")
+    prompts, left, _ = draw_prompts(corpus.quotes, 256, 1, args, rng, tails=True)
+    with torch.no_grad():
+        r = rate(model, held[0], held[1][:, None].expand(-1, 2), R)
+        reward = Learned(model, rate(model, rollout(start, prompts, left, R)[0], left, R).mean())
+    right = (r[:, 0] > r[:, 1]).float()
+    return reward, pairs, [right[(held[2] - m).abs() < 0.1].mean().item() for m in (1, 2 / 3, 1 / 3, 0)]
+
+
+def rlhf(policy, corpus, args, file):
+    """SFT, then RLHF-V1 ... V5: each version asks the judge about the newest policy, trains a reward model on all pairs so far and
+    improves the policy by rejection sampling (V1-V4) or PPO (V5). -> per version its metrics and samples, SFT first."""
+    R, rng = args.max_new, np.random.default_rng((args.seed, 2))
+    optimizer, order = adamw(policy.parameters(), args.lr / 10), np.concatenate([rng.permutation(len(corpus.quotes)) for _ in range(2)])
+    for at in range(0, len(order), 32):             # SFT: two epochs, the loss on the answer alone
+        prompts, left, rests = draw_prompts([corpus.quotes[i] for i in order[at:at + 32]], 32, 1, args, rng, tails=True)
+        ids = torch.cat([prompts, pad(rests, R, "right")[0].to(args.device)], 1)
+        descend(average(-replay(policy, ids, left, R)[0], completion_mask(ids[:, -R:]), "ppo"), optimizer, f"line {at} of SFT")
+    start, pool, pairs, versions = copy.deepcopy(policy).requires_grad_(False), {}, None, []
+    for v in range(6):
+        reward, pairs, accuracy = learn_reward(policy, start, corpus, pairs, args, v)
+        if v:
+            algo, file_v = "rejection" if v < 5 else "ppo", file(f"v{v}")
+            pool = improve(f"RLHF-V{v}", algo, policy, start, reward, corpus.quotes, args, file_v, True, pool)["pool"]
+        metrics, ids = evaluate(policy, start, reward, corpus.quotes, args, tails=True)
+        metrics["judge"] = np.mean([judge(row[-R:], corpus) for row in ids.tolist()])
+        versions.append((metrics, ids, accuracy))
+    return versions
+
+# ---- main ----------------------------------------------------------------------------------------------------------------------
+
+def main():
+    args, began = get_args(), time.time()
+    corpus = Corpus(args)
+    tok, P, line = corpus.tok, args.prompt_len, corpus.quotes[0]
+    print(f"device {args.device}, {torch.get_num_threads()} threads, float32\n{len(corpus.train)} lines, {sum(map(len, corpus.train)):,} tokens of "
+          f"{len(tok.tokens)}, such as {'|'.join(tok.tokens[i] for i in line[1:-1])}")
+
+    def file(what, keys=tuple(vars(args))):         # named after all that shaped it: the same flags find it again
+        flags = json.dumps({k: getattr(args, k) for k in keys if k not in ("corpus", "smoke")}).encode()
+        return OUT / f"ppo_char_{what}_{hashlib.sha256(b''.join([flags, *(pathlib.Path(c).read_bytes() for c in args.corpus)])).hexdigest()[:8]}.pt"
+    policy, loss = pretrain(corpus, args, file("base", "vocab_size prompt_len max_new n_layer n_head n_embd pos n_predict steps batch_size lr seed".split()))
+    start, metrics = copy.deepcopy(policy).requires_grad_(False), dict(pretrain_loss=round(loss, 3))
+    if args.algo == "rlhf":
+        versions = rlhf(policy, corpus, args, file)
+        print("\nversion  reward  judge    KL  distinct  surprise  reward model right, from clear to slight preferences")
+        for v, (m, _, accuracy) in enumerate(versions):
+            print(f"{f'V{v}' if v else 'SFT':7s}   {m['reward']:.3f}  {m['judge']:.3f}  {m['kl']:4.1f}      {m['distinct']:.2f}      {m['surprise']:.2f}  "
+                  + " ".join(f"{a:.0%}" for a in accuracy))
+        lines = lambda *keys: {k: (range(6), [m[k] for m, *_ in versions]) for k in keys}
+        panels = [("reward", lines("reward", "judge", "beam")), ("nats", lines("kl")), ("share of samples", lines("distinct"))]
+        (before, old, _), (after, new, _) = versions[0], versions[-1]
+    else:
+        tails = args.reward == "model"
+        lines = corpus.quotes if tails else corpus.train
+        reward = learn_reward(policy, start, corpus, None, args, 0)[0] if tails else Rule(args, tok)
+        before, old = evaluate(policy, start, reward, lines, args, tails)
+        state = improve(args.algo, args.algo, policy, start, reward, lines, args, file(args.algo), tails)
+        after, new = evaluate(policy, start, reward, lines, args, tails)
+        n, score, kl, _, error, beamed = zip(*state["curve"])
+        points = zip(*((i, b) for i, b in zip(n, beamed) if not math.isnan(b)))
+        panels = [("reward", {"sampled": (n, score), "beam search": tuple(points)}), ("nats", {"KL to the start": (n, kl)})]
+        metrics.update(ratio_error=max(error), rl_seconds=round(state["seconds"], 1))
+    for title, ids in (("before", old[::43]), ("after", new[::43]), ("after, by beam search", beam(policy, new[0, :P], (new[0, :P] == PAD).sum()[None], args.max_new, args.beam))):
+        print(f"\n{title} (prompt|completion):", *(f"{tok.decode(row[:P])}|{tok.decode(row[P:])}" for row in ids.tolist()), sep="\n  ")
+    metrics.update(figure=figure(OUT / f"ppo_char_{args.algo}_{args.reward}.png", panels, "version" if args.algo == "rlhf" else "round"),
+                   before=round(before["reward"], 3), **{k: round(float(v), 3) for k, v in after.items()})
+    common.log_result("ppo_char.py", args, time.time() - began, metrics)
+
+
+if __name__ == "__main__":
+    common.run(main)

@@ -4,12 +4,12 @@
 
 Measured: TODO
 Source: Shimmin's Bouncing LLaMa (an 8B Llama, LoRA, 40 minutes on a 4090: direction ignored, letters jumbled). Differs from it in:
-1. a token's position is WHERE THE PEN IS: rotary over (row, column, time). --layout has the alternatives, the plain raster among them
+1. a token's position is WHERE THE PEN IS: rotary over (row, column, time)
 2. the answer is the path, a move and a letter per step; the grid is drawn from it by code, or by the model (--draw model)
 3. 0.7 million parameters from scratch, small dense mazes first, the seed's sizes after
 Not handled: characters outside printable ASCII; fields with holes in their rim; more than one ball at a time.
 """
-import csv, functools, hashlib, io, json, math, os, pathlib, re, sys, time, unicodedata
+import hashlib, json, math, os, pathlib, re, sys, time
 
 import numpy as np
 import torch
@@ -25,13 +25,10 @@ OUT, SAVE_EVERY = pathlib.Path("out"), 100
 GLYPHS = " |-+"                                     # a cell's flags: 1 a vertical wall, 2 a horizontal one, 3 a crossing
 DIRECTIONS = dict(NE=(-1, 1), NW=(-1, -1), SE=(1, 1), SW=(1, -1))           # (row, column); rows count downwards
 STEP = np.array(list(DIRECTIONS.values()))
-# the vocabulary: 16 moves (4 headings, times whether the row and the column stay), 9 moves that say the displacement alone,
-# 4 directions, 95 characters, and marks; a wall of flag f is WALL + f
-MOVE, PLAIN, DIR, CHAR, END = 0, 16, 25, 29, 124
-PAD, NULL, WALL, CELL, NEWLINE, VOCAB = 125, 126, 126, 130, 131, 132
-STAY = np.array([(1, 1), (1, 0), (0, 1), (0, 0)])
-# what a move adds to the pen's place: (25, 2), rows and columns. this table is all that the harness knows
-SHIFT = np.concatenate([(STEP[:, None] * STAY).reshape(16, 2), np.stack(np.divmod(np.arange(9), 3), 1) - 1])
+# the vocabulary: 16 moves (4 headings times whether row and column stay), 4 directions, 95 characters, and marks; a wall is WALL + flag
+MOVE, DIR, CHAR, END, PAD, NULL, WALL, CELL, NEWLINE, VOCAB = 0, 16, 20, 115, 116, 117, 117, 121, 122, 123
+# what each move adds to the pen's place, (16, 2) rows and columns: this table is all that the harness knows
+SHIFT = (STEP[:, None] * np.array([(1, 1), (1, 0), (0, 1), (0, 0)])).reshape(16, 2)
 
 # ---- flags -----------------------------------------------------------------------------------------------------------------
 
@@ -44,7 +41,6 @@ def get_args(argv=None):
     p.flag("width", [32, 86], "smallest and largest width", nargs=2, type=int)
     p.flag("bars", 4.0, "mean number of walls of each orientation")
     # how it becomes tokens and positions
-    p.flag("layout", "pen", "pen: moves and letters, each where the pen is; the others are there to be compared", choices=list(LAYOUTS))
     p.flag("draw", "code", "who draws the final grid: code, from the path, or the model, cell by cell, after it", choices=["code", "model"])
     # model
     p.flag("n_layer", 3, "transformer blocks")
@@ -83,10 +79,9 @@ def get_args(argv=None):
             p.error(f"argument --{name}: must be at least 1")
     if args.n_embd % (16 * args.n_head):
         p.error("argument --n_embd: must be a multiple of 16 per head, for the rotary pairs to be shared among three axes")
-    for name, least in (("height", 6), ("width", 6)):
-        lo, hi = getattr(args, name)
-        if not least <= lo <= hi <= 1000:
-            p.error(f"argument --{name}: must be two numbers, {least} or more, the smaller first")
+    for name in ("height", "width"):
+        if not 6 <= getattr(args, name)[0] <= getattr(args, name)[1] <= 1000:
+            p.error(f"argument --{name}: must be two numbers from 6 on, the smaller first")
     return args
 
 # ---- the maze and its physics ----------------------------------------------------------------------------------------------
@@ -172,43 +167,6 @@ def drawn(field, R, C, text):
 
 # ---- quotes, and the seed's text format ------------------------------------------------------------------------------------
 
-def read_quotes(path):
-    """Texts from lines (`text -- author`), .csv or .json, in UTF-8, UTF-16 or Windows' Latin -> sorted by length, printable ASCII."""
-    try:
-        raw = pathlib.Path(path).read_bytes()
-        if b"\0" in raw and not raw.startswith((b"\xff\xfe", b"\xfe\xff")):
-            raise ValueError("it is binary")
-        for encoding in ("utf-16",) if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else ("utf-8-sig", "cp1252", "latin-1"):
-            try:
-                text = raw.decode(encoding)
-                break
-            except UnicodeDecodeError:
-                continue
-        if path.endswith(".json"):
-            rows = json.loads(text)
-            rows = [x for v in rows.values() for x in (v if isinstance(v, list) else [v])] if isinstance(rows, dict) else rows
-            found = [next((x[k] for k in ("quote", "text", "Quote", "q", "body") if k in x), "") if isinstance(x, dict) else x for x in rows]
-        elif path.endswith(".csv"):
-            rows = [row for row in csv.reader(io.StringIO(text)) if row]
-            head = [x.strip().lower() for x in rows[0]]
-            column = next((head.index(k) for k in ("quote", "text", "q") if k in head), None)
-            found = [row[column or 0] for row in rows[column is not None:] if len(row) > (column or 0)]
-        else:
-            found = [line.split(" -- ")[0] for line in text.splitlines()]
-    except (OSError, ValueError, csv.Error, IndexError, AttributeError, TypeError, RecursionError) as e:
-        sorry(f"{path} cannot be read as quotes ({e})")
-    plain = str.maketrans("\u2018\u2019\u201c\u201d\u2013\u2014\u2026", "''\"\"--.")
-    clean = [unicodedata.normalize("NFKD", str(x).translate(plain)).encode("ascii", "ignore").decode() for x in found]
-    clean = [" ".join("".join(ch if " " <= ch <= "~" else " " for ch in x).split()) for x in clean]
-    kept = {x.casefold(): x for x in reversed(clean) if 2 <= len(x) <= 120}              # of duplicates the first one stays
-    full = sum(2 <= len(x) for x in clean)
-    print(f"{len(kept)} quotes from {path}; dropped: {len(clean) - full} empty, {sum(len(x) > 120 for x in clean)} longer than 120, "
-          f"{sum(2 <= len(x) <= 120 for x in clean) - len(kept)} duplicates")
-    if len(kept) < 10:
-        sorry(f"{path} has {len(kept)} quotes that can be used; at least 10 are needed")
-    return sorted(kept.values(), key=lambda x: (len(x), x))
-
-
 def split_quotes(quotes):
     """-> (train, held out): every tenth by length is never trained on."""
     return [x for i, x in enumerate(quotes) if i % 10 != 5], quotes[5::10]
@@ -249,69 +207,66 @@ def read_prompt(text):
 
 
 def answer(field, r, c, direction, text):
-    R, C, _ = paths(field[None], np.zeros(1, int), np.array([r]), np.array([c]), np.array([list(DIRECTIONS).index(direction)]), len(text))
-    return "```\n" + "\n".join(drawn(field, R[0], C[0], text)) + "\n```"
+    """-> the fenced grid, and where the ball is at each step: R, C (T+1,)."""
+    R, C, _ = (x[0] for x in paths(field[None], np.array([0]), *(np.array([x]) for x in (r, c, list(DIRECTIONS).index(direction))), len(text)))
+    return "```\n" + "\n".join(drawn(field, R, C, text)) + "\n```", R, C
 
 
 def export(args, path, quotes):
-    """JSON lines {"prompt", "answer"} to train on, and as many as asked for of other mazes and quotes in <name>_heldout.jsonl."""
-    path, seen, = pathlib.Path(path), set()
-    for name, n, texts, stream in zip((path, path.with_name(f"{path.stem}_heldout{path.suffix}")), args.export_games, split_quotes(quotes), (0, 1)):
+    """JSON lines {"prompt", "answer"} to train on, and of other mazes and quotes in <name>_heldout.jsonl."""
+    path = pathlib.Path(path)
+    for side, name in enumerate((path, path.with_name(f"{path.stem}_heldout{path.suffix}"))):
         with common.whole_file(name) as part, open(part, "w") as f:
-            for i in tqdm(range(n), desc=name.name, unit="game", disable=None):
-                g = make_games(np.random.default_rng((args.seed, 3, stream, i)), 1, 1, texts, args.height, args.width, args.bars)
-                field, r, c = g["fields"][0], g["R"][0, 0, 0], g["C"][0, 0, 0]
-                key = field.tobytes()
-                assert stream == 0 or key not in seen       # a maze on both sides would be a coincidence of 1e-40
-                seen.add(key)
-                it = (field, r, c, list(DIRECTIONS)[g["D"][0, 0, 0]], g["texts"][0])
-                f.write(json.dumps(dict(prompt=prompt(*it), answer=answer(*it))) + "\n")
-        print(f"wrote {n} games to {name}")
+            for i in tqdm(range(args.export_games[side]), desc=name.name, unit="game", disable=None):
+                rng = np.random.default_rng((args.seed, 3, side, i))
+                g = make_games(rng, 1, 1, split_quotes(quotes)[side], args.height, args.width, args.bars)
+                it = g["fields"][0], *(int(g[k][0, 0, 0]) for k in "RC"), list(DIRECTIONS)[g["D"][0, 0, 0]], g["texts"][0]
+                f.write(json.dumps(dict(prompt=prompt(*it), answer=answer(*it)[0])) + "\n")
+        print(f"wrote {args.export_games[side]} games to {name}")
+
+
+def compare(line):
+    """A JSON line {"prompt", "completion"} -> what is right in it. ValueError: it cannot be compared, and why."""
+    try:
+        row = json.loads(line)
+        field, r, c, direction, text = read_prompt(row["prompt"])
+    except (ValueError, TypeError, KeyError, RecursionError):
+        raise ValueError("no line of JSON with a prompt of --export's form") from None
+    if not isinstance(row.get("completion"), str):
+        raise ValueError("no completion")
+    fence = re.search(r"```[^\n]*\n(.*?)\n?(```|$)", row["completion"], re.S)              # the last fence may have been cut off
+    want, R, C = answer(field, r, c, direction, text)
+    got, want = fence[1].split("\n") if fence else [], want.split("\n")[1:-1]
+    if not fence or [len(x) for x in got] != [len(x) for x in want]:
+        raise ValueError("a grid of another size" if fence else "no fenced grid")
+    got, want = np.array([list(x) for x in got]), np.array([list(x) for x in want])
+    same, second, letter = got == want, (R[1], C[1]), (field == 0) & (want != " ")
+    rates = dict(exact_grid=same.all(), walls=same[field > 0].all())
+    if letter.any():
+        rates["letters"] = same[letter].mean()
+    if want[second] == text[1:2]:                           # unless overwritten later: is the second letter where the direction says?
+        rates["direction"] = same[second]
+    return rates
 
 
 def score(path):
-    """JSON lines {"prompt", "completion"} of any model -> counts and rates; what cannot be compared is counted by what is wrong."""
-    n, wrong, rates = 0, {}, dict(exact=[], letters=[], direction=[], walls=[])
+    """JSON lines of any model's completions -> counts and rates; what cannot be compared is counted by what is wrong with it."""
     try:
-        lines = pathlib.Path(path).read_text(encoding="utf-8").splitlines()
+        lines = [x for x in pathlib.Path(path).read_text(encoding="utf-8").splitlines() if x.strip()]
     except (OSError, UnicodeDecodeError) as e:
         sorry(f"{path} cannot be read ({e})")
-    for line in filter(str.strip, lines):
-        n += 1
+    if not lines:
+        sorry(f"{path} has no completions in it")
+    rates, wrong = {}, {}
+    for line in lines:
         try:
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError):
-                raise ValueError("not a line of JSON") from None
-            if not isinstance(row, dict) or not all(isinstance(row.get(k), str) for k in ("prompt", "completion")):
-                raise ValueError('no "prompt" and "completion"')
-            try:
-                field, r, c, direction, text = read_prompt(row["prompt"])
-            except ValueError:
-                raise ValueError("a prompt that is not of --export's form") from None
-            fence = re.search(r"```[^\n]*\n(.*?)\n?```", row["completion"] + "\n```" * (row["completion"].count("```") == 1), re.S)
-            if not fence:
-                raise ValueError("no fenced grid")
-            got, want = fence[1].split("\n"), answer(field, r, c, direction, text).split("\n")[1:-1]
-            if [len(x) for x in got] != [len(x) for x in want]:
-                raise ValueError("a grid of another size")
+            for name, right in compare(line).items():
+                rates.setdefault(name, []).append(float(right))
         except ValueError as e:
             wrong[str(e)] = wrong.get(str(e), 0) + 1
-            continue
-        got, want, wall = np.array([list(x) for x in got]), np.array([list(x) for x in want]), field > 0
-        letter = ~wall & (want != " ")
-        rates["exact"].append((got == want).all())
-        rates["walls"].append((got == want)[wall].all())
-        if letter.any():
-            rates["letters"].append((got == want)[letter].mean())
-        R, C, _ = paths(field[None], np.zeros(1, int), np.array([r]), np.array([c]), np.array([list(DIRECTIONS).index(direction)]), len(text))
-        if len(text) > 1 and want[R[0, 1], C[0, 1]] == text[1]:         # not overwritten later: is the second letter where it should be?
-            rates["direction"].append(got[R[0, 1], C[0, 1]] == text[1])
-    if not n:
-        sorry(f"{path} has no completions in it")
-    compared = len(rates["exact"])
-    return dict(completions=n, compared=compared, wrong=wrong, exact_grid=float(np.sum(rates["exact"]) / n),
-                **{k: round(float(np.mean(rates[k])), 4) for k in ("letters", "direction", "walls") if rates[k]})
+    exact = rates.pop("exact_grid", [])                     # of all completions; the other rates are of those that could be compared
+    return dict(completions=len(lines), compared=len(exact), wrong=wrong, exact_grid=sum(exact) / len(lines),
+                **{name: round(float(np.mean(x)), 4) for name, x in rates.items()})
 
 # ---- model -----------------------------------------------------------------------------------------------------------------
 
@@ -368,9 +323,13 @@ class Bouncer(nn.Module):
     """Tokens with positions (row, column, time), and a memory of walls, which have a place and no time, and of the text's characters,
     which have a time and no place: their keys are zero in the other axes' pairs. So a wall is found by where it is seen from the pen,
     a character by when, wherever the maze stands and however large it is."""
-    def __init__(self, n_layer, n_head, n_embd, layout):
+    shift = SHIFT           # this and the next two are what tests/bench/compare_bounce.py replaces to show why they are as they are
+    tokens = lambda self, g: pen(g)
+    memory = lambda self, g, decoys=0, rng=None: memory_of(g, decoys, rng)
+
+    def __init__(self, n_layer, n_head, n_embd):
         super().__init__()
-        C, self.layout, pairs = n_embd, layout, n_embd // n_head // 2
+        C, pairs = n_embd, n_embd // n_head // 2
         self.wte, self.kind = nn.Embedding(VOCAB, C), nn.Embedding(6, C)
         self.blocks = nn.ModuleList(Block(C, n_head) for _ in range(n_layer))
         self.ln_mem, self.ln_out, self.head = nn.LayerNorm(C), nn.LayerNorm(C), nn.Linear(C, VOCAB, bias=False)
@@ -383,32 +342,21 @@ class Bouncer(nn.Module):
         nn.init.normal_(self.wte.weight, std=0.5)
         nn.init.normal_(self.kind.weight, std=1.0)
         nn.init.normal_(self.head.weight, std=0.02)
-        kinds = [0] * 25 + [1] * 4 + [2] * 96 + [3, 3, 4, 4, 4, 5, 5]             # moves, directions, characters, none, walls, marks
+        kinds = [0] * 16 + [1] * 4 + [2] * 96 + [3, 3, 4, 4, 4, 5, 5]             # moves, directions, characters, none, walls, marks
         self.register_buffer("kinds", torch.tensor(kinds), persistent=False)
-        a = 3 * pairs // 8
-        self.axes = [0, 0, pairs] if layout == "raster1d" else [a, a, pairs - 2 * a]
-        slow = 0.002 if layout == "raster1d" else 0.1           # radians per cell; a raster has thousands of positions in a row
-        omega = [2.2 * (slow / 2.2)**(i / max(1, m - 1)) for m in self.axes for i in range(m)]
+        self.axes = (3 * pairs // 8, 3 * pairs // 8, pairs - 2 * (3 * pairs // 8))              # pairs for row, column, time
+        omega = [2.2 * (0.1 / 2.2)**(i / (m - 1)) for m in self.axes for i in range(m)]         # radians per cell or step
+        place, time = ([float((axis == 2) == late) for axis, m in enumerate(self.axes) for _ in range(m)] for late in (False, True))
         self.register_buffer("omega", torch.tensor(omega), persistent=False)
-        row, column, time = ([float(x == axis) for x in (0, 1, 2) for _ in range(self.axes[x])] for axis in (0, 1, 2))
-        place = [a + b for a, b in zip(row, column)]
-        every = [1.0] * pairs
-        table = [[0.0] * pairs, every, every] if layout in ("raster1d", "pen_add") else [[0.0] * pairs, place, time]
-        self.register_buffer("table", torch.tensor(table).repeat(1, 2), persistent=False)       # of 0 none, 1 walls, 2 text: (3, hs)
+        self.register_buffer("table", torch.tensor([[0.0] * pairs, place, time]).repeat(1, 2), persistent=False)    # of nothing, walls, text
 
     def angles(self, pos):
         """pos (..., 3) -> cos and sin (..., pairs) of each pair's angle."""
-        pos = torch.cat([pos[..., i:i + 1].expand(*pos.shape[:-1], m) for i, m in enumerate(self.axes)], -1)
-        angle = pos * self.omega * (self.layout != "pen_add")
+        angle = torch.cat([pos[..., i:i + 1].expand(*pos.shape[:-1], m) for i, m in enumerate(self.axes)], -1) * self.omega
         return angle.cos(), angle.sin()
 
     def embed(self, ids, pos):
-        x = self.wte(ids) + self.kind(self.kinds[ids])
-        if self.layout == "pen_add":                            # the usual sum of token and position, with rotary's own frequencies
-            angle = torch.cat([pos[..., i:i + 1].expand(*pos.shape[:-1], m) for i, m in enumerate(self.axes)], -1) * self.omega
-            wave = torch.cat([angle.cos(), angle.sin()], -1)                        # (..., hs)
-            x = x + wave.repeat(*[1] * (wave.dim() - 1), x.size(-1) // wave.size(-1))
-        return x
+        return self.wte(ids) + self.kind(self.kinds[ids])                           # (..., C)
 
     def remember(self, ids, pos, sort):
         """The memory's ids (M, K), pos (M, K, 3), sort (M, K): -1 absent, 0 none, 1 wall, 2 text -> each block's keys and values."""
@@ -435,7 +383,7 @@ def characters(text):
     return [CHAR + ord(x) - 32 for x in text]
 
 
-def memory_of(g, layout, decoys=0, rng=None):
+def memory_of(g, decoys=0, rng=None):
     """What all games in a maze may read -> ids (M, K), pos (M, K, 3), sort (M, K): nothing (to look at where there is no wall), the
     walls, the text and its end. decoys: so many walls more, anywhere outside the maze within 160 cells: rotary waves that fit at
     distances never met in training would be taken for walls nearby, and larger mazes fail."""
@@ -450,10 +398,7 @@ def memory_of(g, layout, decoys=0, rng=None):
         n, T = len(r), len(text)
         ids = np.concatenate([[NULL], WALL + glyph, characters(text), [END]])
         pos = np.zeros((len(ids), 3), np.float32)
-        if layout == "raster1d":                                # the text, then the field, as they stand in the prompt
-            pos[1:1 + n, 2], pos[1 + n:, 2] = T + 1 + r * (g["W"][m] + 1) + c, np.arange(T + 1)
-        else:
-            pos[1:1 + n, 0], pos[1:1 + n, 1], pos[1 + n:, 2] = r, c, np.arange(T + 1)
+        pos[1:1 + n, 0], pos[1:1 + n, 1], pos[1 + n:, 2] = r, c, np.arange(T + 1)
         rows.append((ids, pos, np.repeat([0, 1, 2], [1, n, T + 1])))
     K = max(len(ids) for ids, _, _ in rows)
     ids, pos, sort = np.full((len(rows), K), NULL), np.zeros((len(rows), K, 3), np.float32), np.full((len(rows), K), -1)
@@ -462,7 +407,7 @@ def memory_of(g, layout, decoys=0, rng=None):
     return ids, pos, sort
 
 
-def pen(g, layout):
+def pen(g):
     """direction, letter, then move and letter for every step, and the end -> ids (M, n, 2T+2), pos (M, n, 2T+2, 3).
 
         token       SE      I      +1+1     '      +1+1     m      ...     PAD after the end
@@ -474,43 +419,13 @@ def pen(g, layout):
     dr, dc, time = np.diff(R), np.diff(C), np.arange(2 * T + 2) // 2
     # in a corridor one cell wide the ball bounces at every step and its displacement is (0, 1), (0, 1), ...: which way it is heading can
     # only be known by counting. a move that says its heading leaves nothing to count
-    move = PLAIN + 3 * dr + dc + 4 if layout == "pen_plain" else MOVE + 4 * D[..., 1:] + 2 * (dr == 0) + (dc == 0)   # (M, n, T)
+    move = MOVE + 4 * D[..., 1:] + 2 * (dr == 0) + (dc == 0)                                # (M, n, T)
     ids[..., 0] = DIR + D[..., 0]
     for m, text in enumerate(g["texts"]):
         L = len(text)
         ids[m, :, 1:2 * L:2], ids[m, :, 2:2 * L + 1:2], ids[m, :, 2 * L + 1] = characters(text), move[m, :, :L], END
         pos[m, :, :2 * L + 2] = np.stack([R[m][:, time], C[m][:, time], np.broadcast_to(time, (n, len(time)))], -1)[:, :2 * L + 2]
-    if layout == "moves":                                       # the same tokens, but the pen is said to be at the start all the time
-        pos[..., :2] = pos[..., :1, :2] * (ids != PAD)[..., None]
     return ids, pos
-
-
-def raster(g, layout):
-    """direction, then the drawn grid row by row -> ids (M, n, L), pos. A token stands at the cell that is to be written next."""
-    (M, n), (H, W) = g["R"].shape[:2], (g["H"], g["W"])
-    L = int((H * (W + 1)).max()) + 2
-    ids, pos = np.full((M, n, L), PAD), np.zeros((M, n, L, 3), np.float32)
-    ids[..., 0] = DIR + g["D"][..., 0]
-    for m, text in enumerate(g["texts"]):
-        field, l = g["fields"][m, :H[m], :W[m]], H[m] * (W[m] + 1)
-        for i in range(n):
-            grid = np.full((H[m], W[m] + 1), NEWLINE)
-            grid[:, :-1] = np.where(field, WALL + field, CHAR)                 # a blank cell is a space
-            for r, c, x in zip(g["R"][m, i], g["C"][m, i], text):
-                if x != " ":
-                    grid[r, c] = CHAR + ord(x) - 32
-            ids[m, i, 1:l + 2] = np.append(grid, END)
-        k = np.arange(1, l + 1)
-        if layout == "raster2d":
-            pos[m, :, 1:l + 1, 0], pos[m, :, 1:l + 1, 1] = k // (W[m] + 1), k % (W[m] + 1)
-            pos[m, :, 0, 0], pos[m, :, 0, 1] = g["R"][m, :, 0], g["C"][m, :, 0]
-        else:
-            pos[m, :, 1:l + 1, 2] = len(text) + 1 + l + k
-            pos[m, :, 0, 2] = len(text) + 1 + g["R"][m, :, 0] * (W[m] + 1) + g["C"][m, :, 0]
-    return ids, pos
-
-
-LAYOUTS = dict(pen=pen, pen_plain=pen, pen_add=pen, moves=pen, raster2d=raster, raster1d=raster)
 
 
 def cells_of(g, rng, Q):
@@ -530,8 +445,8 @@ def cells_of(g, rng, Q):
 
 def loss_of(model, g, device, cells=None, decoys=0, rng=None):
     """Mean cross-entropy of the next token over a batch of games, plus that of cells = (pos, ids), asked for after the path."""
-    ids, pos = (torch.from_numpy(x).to(device) for x in LAYOUTS[model.layout](g, model.layout))
-    memory = model.remember(*(torch.from_numpy(x).to(device) for x in memory_of(g, model.layout, decoys, rng)))
+    ids, pos = (torch.from_numpy(x).to(device) for x in model.tokens(g))
+    memory = model.remember(*(torch.from_numpy(x).to(device) for x in model.memory(g, decoys, rng)))
     target, Q = ids[..., 1:], 0
     ids, pos = ids[..., :-1], pos[..., :-1, :]
     if cells is not None:
@@ -547,39 +462,39 @@ def loss_of(model, g, device, cells=None, decoys=0, rng=None):
 def generate(model, g, device, draw="code"):
     """Greedy, with a KV cache, all games at once. The harness adds up the displacements and knows no physics: a pen may go through
     walls or out of the field. -> tokens (M, n, L), and with draw="model" the grids (M, n, H, W) of ids that the model wrote."""
-    memory = model.remember(*(torch.from_numpy(x).to(device) for x in memory_of(g, model.layout)))
-    pens, out, past, drawing = LAYOUTS[model.layout] is pen, [], None, None
-    first, places = (torch.from_numpy(x).to(device) for x in LAYOUTS[model.layout](g, model.layout))
-    shift = torch.from_numpy(np.concatenate([SHIFT, np.zeros((1, 2), int)])).to(places)        # what is no move adds nothing
-    ids, place, alive = first[..., 0], places[..., 0, :2].clone(), torch.ones_like(first[..., 0], dtype=torch.bool)
-    for s in range(first.size(2) - 1):
-        # a raster's positions are no secret, they only count cells; a pen's are where its own moves have led it
-        pos = torch.cat([place, torch.full_like(place[..., :1], s // 2)], 2) * (ids != PAD)[..., None] if pens else places[..., s, :]
-        logits, past = model(ids[..., None], pos[..., None, :], memory, past)
+    memory = model.remember(*(torch.from_numpy(x).to(device) for x in model.memory(g)))
+    shift = torch.from_numpy(np.concatenate([model.shift, np.zeros((1, 2), int)])).to(device)      # what is no move adds nothing
+    ids, place = (torch.from_numpy(x).to(device) for x in (DIR + g["D"][..., 0], np.stack([g["R"][..., 0], g["C"][..., 0]], -1)))
+    alive, out, past = torch.ones_like(ids, dtype=torch.bool), [], None
+    for s in range(2 * max(map(len, g["texts"])) + 1):
+        pos = torch.cat([place, torch.full_like(place[..., :1], s // 2)], 2) * (ids != PAD)[..., None]
+        logits, past = model(ids[..., None], pos[..., None, :].float(), memory, past)
         ids = torch.where(alive, logits[..., 0, :].argmax(-1), PAD)
-        if model.layout != "moves":
-            place += shift[ids.clamp(max=DIR)]
+        place = place + shift[ids.clamp(max=len(shift) - 1)]
         alive &= ids != END
         out.append(ids)
-    if draw == "model":
-        H, W = g["fields"].shape[1:]
-        at = torch.from_numpy(np.stack([*np.divmod(np.arange(H * W), W)], -1)).to(places)       # (H*W, 2)
-        T = torch.tensor([len(x) for x in g["texts"]]).to(places)[:, None, None, None]
-        grids = []
-        for some in at.split(512):
-            pos = torch.cat([some.expand(*first.shape[:2], -1, 2), T.expand(*first.shape[:2], len(some), 1)], 3)
-            logits, _ = model(torch.full(pos.shape[:3], CELL, device=device), pos, memory, past, cells=len(some))
-            grids.append(logits.argmax(-1))
-        drawing = torch.cat(grids, 2).view(*first.shape[:2], H, W).cpu().numpy()
-    return torch.stack(out, 2).cpu().numpy(), drawing
+    tokens = torch.stack(out, 2).cpu().numpy()
+    return (tokens, draw_cells(model, g, memory, past)) if draw == "model" else (tokens, None)
 
 
-def read_path(g, tokens):
-    """A pen layout's tokens (M, n, L) -> per game (m, i, R, C, text): where each letter was put."""
+def draw_cells(model, g, memory, past):
+    """Ask the model, after its paths, for every cell of every field -> ids (M, n, H, W). The cells do not see each other."""
+    (M, n), (H, W), device = g["R"].shape[:2], g["fields"].shape[1:], past[0][0].device
+    at = torch.tensor(np.stack(np.divmod(np.arange(H * W), W), 1), dtype=torch.float32, device=device)          # (H*W, 2)
+    T, grids = torch.tensor([float(len(x)) for x in g["texts"]], device=device)[:, None, None, None], []
+    for some in at.split(512):
+        pos = torch.cat([some.expand(M, n, -1, 2), T.expand(M, n, len(some), 1)], 3)
+        logits, _ = model(torch.full(pos.shape[:3], CELL, device=device), pos, memory, past, cells=len(some))
+        grids.append(logits.argmax(-1))
+    return torch.cat(grids, 2).view(M, n, H, W).cpu().numpy()
+
+
+def read_path(g, tokens, shift=SHIFT):
+    """A pen's tokens (M, n, L) -> per game (m, i, R, C, text): where each letter was put."""
     for m, i in np.ndindex(tokens.shape[:2]):
         letters, moves = tokens[m, i, ::2], tokens[m, i, 1::2]
         T = int(np.argmax(np.append(letters, END) == END))
-        step = np.where((moves < DIR)[:, None], SHIFT[np.minimum(moves, DIR - 1)], 0)[:max(0, T - 1)]
+        step = np.where((moves < len(shift))[:, None], shift[np.minimum(moves, len(shift) - 1)], 0)[:max(0, T - 1)]
         at = np.concatenate([np.zeros((1, 2), int), step.cumsum(0)]) + [g["R"][m, i, 0], g["C"][m, i, 0]]
         yield m, i, at[:T, 0], at[:T, 1], "".join(chr(x - CHAR + 32) if CHAR <= x < END else " " for x in letters[:T])
 
@@ -588,52 +503,45 @@ def evaluate(model, args, quotes, device, games, **change):
     """Rates over held-out games, each in its own maze. -> dict: exact_path, exact_grid, and for pens letters, direction, walls, by_time
     (letters right, in tens of steps) and by_bounce (pen in the right place when the k-th bounce is done). change: other sizes."""
     size = dict(dict(height=args.height, width=args.width, bars=args.bars), **change)
-    tally, times, bounces = {}, np.zeros((2, 32)), np.zeros((2, 32))
+    tally, groups = {}, dict(by_time=[], by_bounce=[])
     count = lambda name, right: tally.setdefault(name, []).append(float(right))
     for b in tqdm(range(0, games, 50), desc="evaluating", unit="x50 games", disable=None, leave=False):
         g = make_games(np.random.default_rng((args.seed, 2, b)), min(50, games - b), 1, quotes, **size)
         with torch.autocast(device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
             tokens, grids = generate(model, g, device, args.draw)
-        want = LAYOUTS[model.layout](g, model.layout)[0]
-        same = ((tokens == want[..., 1:]) | (want[..., 1:] == PAD)).all(2)
-        if LAYOUTS[model.layout] is raster:
-            for right in same.ravel():
-                count("exact_grid", right)
-            continue
-        for m, i, R, C, text in read_path(g, tokens):
+        want = model.tokens(g)[0][..., 1:]
+        same = ((tokens == want) | (want == PAD)).all(2)
+        for m, i, R, C, text in read_path(g, tokens, model.shift):
             truth, field, wr, wc = g["texts"][m], g["fields"][m, :g["H"][m], :g["W"][m]], g["R"][m, i], g["C"][m, i]
             grid, target = drawn(field, R, C, text), drawn(field, wr, wc, truth)
             if grids is not None:
                 sign = {CHAR + x: chr(32 + x) for x in range(95)} | {WALL + f: GLYPHS[f] for f in (1, 2, 3)}
                 grid = ["".join(sign.get(x, "?") for x in row) for row in grids[m, i, :len(field), :field.shape[1]]]
-            n = min(len(text), len(truth))
-            there = np.zeros(len(truth), bool)
-            there[:n] = (R[:n] == wr[:n]) & (C[:n] == wc[:n])
-            right = there & (np.array(list(truth)) == np.array(list(text.ljust(len(truth))[:len(truth)])))
+            n, pad = len(truth), lambda x: np.append(x, np.full(len(truth), -1))[:len(truth)]
+            there = (pad(R) == wr[:n]) & (pad(C) == wc[:n])
+            right = there & (np.array(list(truth)) == np.array(list(text.ljust(n)[:n])))
             count("exact_path", same[m, i])
             count("exact_grid", grid == target)
             count("direction", there[1])
             count("walls", all(a == GLYPHS[f] for row, line in zip(field, grid) for f, a in zip(row, line) if f))
             tally.setdefault("letters", []).extend(right.astype(float))
-            np.add.at(times, (0, np.arange(len(truth)) // 10), right)
-            np.add.at(times, (1, np.arange(len(truth)) // 10), 1)
             after = 1 + np.flatnonzero(np.diff(g["D"][m, i, :len(truth)]))
-            np.add.at(bounces, (0, np.minimum(np.arange(len(after)), 31)), there[after])
-            np.add.at(bounces, (1, np.minimum(np.arange(len(after)), 31)), 1)
+            groups["by_time"] += zip(np.arange(len(truth)) // 10, right)
+            groups["by_bounce"] += zip(range(len(after)), there[after])
     rates = {k: round(float(np.mean(v)), 4) for k, v in tally.items()}
-    for name, (right, n) in dict(by_time=times, by_bounce=bounces).items():
-        if n.any():
-            rates[name] = [round(float(a / b), 4) for a, b in zip(right, n) if b]
+    for name, pairs in groups.items():
+        k, right = np.array(pairs, int).reshape(-1, 2).T
+        rates[name] = [round(float(x), 4) for x in np.bincount(k, right) / np.maximum(np.bincount(k), 1)]
     return rates
 
 # ---- training --------------------------------------------------------------------------------------------------------------
 
-def train(args, quotes, file, device):
+def train(args, quotes, file, device, kind=Bouncer):
     """Small mazes, then the asked sizes, going on from file if it is there. Under torchrun each process plays mazes of its own and
     gradients are averaged. -> model, seconds of training."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     torch.manual_seed(args.seed)
-    model = Bouncer(args.n_layer, args.n_head, args.n_embd, args.layout).to(device)
+    model = kind(args.n_layer, args.n_head, args.n_embd).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=args.weight_decay, fused=True)
     step, seconds, losses = 0, 0.0, []
     if file.exists():
@@ -690,49 +598,20 @@ def show(model, g, args, device):
     print(f"\n{sum(x != y for a, b in zip(got, want) for x, y in zip(a, b))} cells differ")
 
 
-def film(field, R, C, text, stay=20):
-    """Frames (H, W, 3) uint8, sides divisible by 16, of a pen writing text along R, C: one per step, the last one `stay` times."""
-    from PIL import Image, ImageDraw, ImageFont
-    (H, W), w, h = field.shape, 12, 20
-    font, size = ImageFont.load_default(size=17), (-(-W * w // 16) * 16, -(-(H + 2) * h // 16) * 16)
-    page = Image.new("RGB", size, (250, 248, 242))
-    pencil = ImageDraw.Draw(page)
-    for r, c in np.argwhere(field):
-        x, y, flag = c * w + w // 2, r * h + h // 2, field[r, c]
-        if flag & 1:
-            pencil.rectangle((x - 1, y - h // 2, x + 1, y + h // 2), fill=(52, 62, 80))
-        if flag & 2:
-            pencil.rectangle((x - w // 2, y - 1, x + w // 2, y + 1), fill=(52, 62, 80))
-    at = [(c * w + w // 2, r * h + h // 2) for r, c in zip(R, C)]
-    for t, (x, y) in enumerate(at):
-        pencil.text((10, H * h + 8), text[:t + 1], font=font, fill=(120, 110, 100), anchor="lt") if text[t] != " " else None
-        if t:
-            pencil.line((at[t - 1], at[t]), fill=(236, 214, 180), width=3)
-        for (a, b), ch in list(zip(at, text))[:t + 1] if t else [(at[0], text[0])]:       # letters over the line, the last one wins
-            if ch != " ":
-                box = (a - w // 2 + 1, b - 8, a + w // 2 - 1, b + 8)
-                pencil.rectangle(box, fill=(250, 248, 242)) if (a, b) in at[:t] else None
-                pencil.text((a, b), ch, font=font, fill=(176, 58, 46), anchor="mm")
-        frame = page.copy()
-        ImageDraw.Draw(frame).ellipse((x - 6, y - 6, x + 6, y + 6), outline=(34, 120, 200), width=2)
-        yield np.asarray(frame)
-    for _ in range(stay):
-        yield np.asarray(page)
-
 # ---- main ------------------------------------------------------------------------------------------------------------------
 
 def checkpoint(args, quotes):
     """A model's file is named after all that shaped it: other flags make another model, the same flags find it again."""
-    shape = {k: getattr(args, k) for k in ("height width bars layout draw n_layer n_head n_embd steps small mazes balls lr warmup weight_decay "
+    shape = {k: getattr(args, k) for k in ("height width bars draw n_layer n_head n_embd steps small mazes balls lr warmup weight_decay "
                                            "grad_clip noise_texts decoys dtype seed").split()}
-    return OUT / f"bounce_{args.layout}_{hashlib.sha256(json.dumps([shape, quotes]).encode()).hexdigest()[:8]}.pt"
+    return OUT / f"bounce_{hashlib.sha256(json.dumps([shape, quotes]).encode()).hexdigest()[:8]}.pt"
 
 
 def main():
     args, began, device = get_args(), time.time(), common.pick_device()
     if args.score:
         return common.log_result("bounce.py", args, time.time() - began, score(args.score))
-    everything = read_quotes(args.quotes)
+    everything = common.read_texts(args.quotes)
     if args.export:
         return export(args, args.export, everything)
     if args.field:
@@ -761,21 +640,19 @@ def main():
     long = sorted((f"{a} {b}" for a, b in zip(unseen, unseen[len(unseen) // 2:])), key=len)
     tests = {"held out": (unseen, args.games, {}), f"{tall} x {wide}, 1.5 times the largest": (unseen, few, dict(height=[tall] * 2, width=[wide] * 2)),
              "two quotes in one": (long, few, {}), "twice as many walls": (unseen, few, dict(bars=2 * args.bars))}
-    print(f"\n{args.layout} ({sum(w.numel() for w in model.parameters()):,} parameters, {seconds:.0f} s of training)")
+    print(f"\n({sum(w.numel() for w in model.parameters()):,} parameters, {seconds:.0f} s of training)")
     metrics = dict(parameters=sum(w.numel() for w in model.parameters()), train_seconds=round(seconds))
-    for name, (texts, games, change) in list(tests.items())[:1 if LAYOUTS[args.layout] is raster else None]:
+    for name, (texts, games, change) in tests.items():
         rates = evaluate(model, args, texts, device, games, **change)
         print(f"{name} ({games} games): " + "  ".join(f"{k} {v:.2%}" for k, v in rates.items() if not isinstance(v, list)))
-        for k in ("by_time", "by_bounce") if name == "held out" and "by_time" in rates else ():
+        for k in ("by_time", "by_bounce") if name == "held out" else ():
             print(f"  {dict(by_time='letters right, steps 0-9, 10-19, ...', by_bounce='in place after bounce 1, 2, ...')[k]}: " + " ".join(f"{x:.3f}" for x in rates[k]))
         metrics.update({f"{k}{'' if name == 'held out' else ', ' + name}": v for k, v in rates.items() if k in ("exact_grid", "exact_path")})
-    if args.video and LAYOUTS[args.layout] is pen:
-        _, _, R, C, text = next(read_path(g, generate(model, g, device)[0]))
-        frames = list(film(g["fields"][0], R, C, text))
+    _, _, R, C, text = next(read_path(g, generate(model, g, device)[0]))
+    if args.video and text:                                 # an untrained model may end before its first letter
+        frames = list(common.draw_pen(g["fields"][0], R, C, text))
         metrics["video"] = str(common.write_video(OUT / "bounce.mp4", frames, fps=10))
-        from PIL import Image
-        with common.whole_file(OUT / "bounce.png") as part:
-            Image.fromarray(frames[-1]).save(part)
+        metrics["picture"] = str(common.write_picture(OUT / "bounce.png", frames[-1]))
     common.log_result("bounce.py", args, time.time() - began, metrics)
 
 

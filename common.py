@@ -3,7 +3,7 @@
 Next-token sampling, beam search, a small numpy renderer and mp4 writer, files that are never half-written, and errors
 that are one sentence. Nothing here has an idea in it; copy it beside any script of this repository and the script runs.
 """
-import argparse, contextlib, glob, hashlib, json, os, pathlib, platform, sys, time
+import argparse, contextlib, csv, glob, hashlib, io, json, os, pathlib, platform, sys, time, unicodedata
 
 import numpy as np
 import torch
@@ -215,7 +215,45 @@ def write_episodes(path, obs, act, rew):
     if not (main := path.with_name("main_data.hdf5")).exists():
         main.symlink_to(path.name)
 
-# ---- part 4: the next token ------------------------------------------------------------------------------------------------
+# ---- part 4: texts ---------------------------------------------------------------------------------------------------------
+
+def read_texts(path):
+    """Texts from lines (`text -- author`), .csv or .json, in UTF-8, UTF-16 or Windows' Latin -> sorted by length, printable ASCII."""
+    try:
+        raw = pathlib.Path(path).read_bytes()
+        if b"\0" in raw and not raw.startswith((b"\xff\xfe", b"\xfe\xff")):
+            raise ValueError("it is binary")
+        for encoding in ("utf-16",) if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else ("utf-8-sig", "cp1252", "latin-1"):
+            try:
+                text = raw.decode(encoding)
+                break
+            except UnicodeDecodeError:
+                continue
+        if path.endswith(".json"):
+            rows = json.loads(text)
+            rows = [x for v in rows.values() for x in (v if isinstance(v, list) else [v])] if isinstance(rows, dict) else rows
+            found = [next((x[k] for k in ("quote", "text", "Quote", "q", "body") if k in x), "") if isinstance(x, dict) else x for x in rows]
+        elif path.endswith(".csv"):
+            rows = [row for row in csv.reader(io.StringIO(text)) if row]
+            head = [x.strip().lower() for x in rows[0]]
+            column = next((head.index(k) for k in ("quote", "text", "q") if k in head), None)
+            found = [row[column or 0] for row in rows[column is not None:] if len(row) > (column or 0)]
+        else:
+            found = [line.split(" -- ")[0] for line in text.splitlines()]
+    except (OSError, ValueError, csv.Error, IndexError, AttributeError, TypeError, RecursionError) as e:
+        sorry(f"{path} cannot be read as texts ({e})")
+    plain = str.maketrans("\u2018\u2019\u201c\u201d\u2013\u2014\u2026", "''\"\"--.")
+    clean = [unicodedata.normalize("NFKD", str(x).translate(plain)).encode("ascii", "ignore").decode() for x in found]
+    clean = [" ".join("".join(ch if " " <= ch <= "~" else " " for ch in x).split()) for x in clean]
+    kept = {x.casefold(): x for x in reversed(clean) if 2 <= len(x) <= 120}              # of duplicates the first one stays
+    full = sum(2 <= len(x) for x in clean)
+    print(f"{len(kept)} texts from {path}; dropped: {len(clean) - full} empty, {sum(len(x) > 120 for x in clean)} longer than 120, "
+          f"{sum(2 <= len(x) <= 120 for x in clean) - len(kept)} duplicates")
+    if len(kept) < 10:
+        sorry(f"{path} has {len(kept)} texts that can be used; at least 10 are needed")
+    return sorted(kept.values(), key=lambda x: (len(x), x))
+
+# ---- part 5: the next token ------------------------------------------------------------------------------------------------
 
 def penalize(scores, ids, penalty):
     """CTRL's repetition penalty (arXiv 1909.05858): tokens of ids (B, T) become less likely in scores (B, V)."""
@@ -272,7 +310,7 @@ def beam_search(step, prompt, width, max_new, eos=(), length_penalty=1.0, repeti
         ids = torch.cat([ids[parent], torch.tensor([[i % V] for _, i in keep])], 1)
     return done[0][1], done[0][0]
 
-# ---- part 5: pictures ------------------------------------------------------------------------------------------------------
+# ---- part 6: pictures ------------------------------------------------------------------------------------------------------
 
 class SideView:
     """A numpy camera that looks at planar capsules from the side: shaded, anti-aliased, over a chequered floor that scrolls.
@@ -397,4 +435,36 @@ def write_video(path, frames, fps=20):
                                 output_params=["-crf", "23", "-preset", "veryfast"]) as w:
             for frame in frames:
                 w.append_data(frame)
+    return path
+
+
+def draw_pen(field, R, C, text, stay=20):
+    """field (H, W): flags 1 vertical wall, 2 horizontal; text is written along R, C, a letter a step -> frames (h, w, 3) uint8, sides
+    divisible by 16, for write_video: one per step, the last one `stay` times."""
+    from PIL import Image, ImageDraw, ImageFont
+    (H, W), w, h, font = field.shape, 12, 20, ImageFont.load_default(size=18)
+    spot = lambda r, c: (int(c) * w + w // 2, int(r) * h + h // 2)
+    page = Image.new("RGB", (-(-W * w // 16) * 16, -(-(H + 2) * h // 16) * 16), (250, 248, 242))
+    for r, c in np.argwhere(field):                         # half a wall to each neighbour that goes on, so that ends are ends
+        for flag, (dr, dc) in [(1, (1, 0)), (1, (-1, 0)), (2, (0, 1)), (2, (0, -1))]:
+            if field[r, c] & flag and 0 <= r + dr < H and 0 <= c + dc < W:
+                (x, y), (u, v) = spot(r, c), spot(r + dr, c + dc)
+                ImageDraw.Draw(page).line((x, y, (x + u) // 2, (y + v) // 2), fill=(52, 62, 80), width=3)
+    at = [spot(r, c) for r, c in zip(R, C)]
+    for t in [*range(len(at)), *[len(at) - 1] * stay]:
+        frame = page.copy()
+        pencil, (x, y) = ImageDraw.Draw(frame), at[t]
+        pencil.line(at[:t + 1], fill=(240, 222, 190), width=5, joint="curve")
+        for place, ch in {place: ch for place, ch in zip(at[:t + 1], text) if ch != " "}.items():
+            pencil.text(place, ch, font=font, fill=(160, 44, 36), anchor="mm")
+        pencil.text((spot(0, 0)[0], H * h + 8), text[:t + 1], font=font, fill=(96, 90, 84))
+        pencil.ellipse((x - 8, y - 8, x + 8, y + 8), outline=(34, 120, 200), width=2)
+        yield np.asarray(frame)
+
+
+def write_picture(path, frame):
+    """frame (H, W, 3) uint8 -> a PNG at path."""
+    from PIL import Image
+    with whole_file(path) as part:
+        Image.fromarray(frame).save(part)
     return path

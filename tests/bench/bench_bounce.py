@@ -78,10 +78,10 @@ def physics():
 
 
 def training(size):
-    ours, peer = b.Bouncer(3, 4, 128, "pen"), Peer()
+    ours, peer = b.Bouncer(3, 4, 128), Peer()
     g = b.make_games(np.random.default_rng(0), 8, 6, QUOTES, **SIZES[size])
-    ids, pos = (torch.from_numpy(x) for x in b.pen(g, "pen"))
-    memory = [torch.from_numpy(x) for x in b.memory_of(g, "pen")]
+    ids, pos = (torch.from_numpy(x) for x in b.pen(g))
+    memory = [torch.from_numpy(x) for x in b.memory_of(g)]
 
     def step(model, loss):
         opt = torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
@@ -104,10 +104,10 @@ def training(size):
 
 @torch.inference_mode()
 def generation():
-    ours, peer = b.Bouncer(3, 4, 128, "pen").eval(), Peer().eval()
+    ours, peer = b.Bouncer(3, 4, 128).eval(), Peer().eval()
     g = b.make_games(np.random.default_rng(0), 16, 1, QUOTES[-1:], **SIZES["full"])
-    ids, pos = (torch.from_numpy(x) for x in b.pen(g, "pen"))
-    memory, L = [torch.from_numpy(x) for x in b.memory_of(g, "pen")], ids.size(2)
+    ids, pos = (torch.from_numpy(x) for x in b.pen(g))
+    memory, L = [torch.from_numpy(x) for x in b.memory_of(g)], ids.size(2)
     ours.head.weight[b.END] = -100.0 * ours.head.weight.mean()          # neither ends early: both write L tokens
 
     def cached():

@@ -46,7 +46,7 @@ def get_args(argv=None):
     p.flag("condition", "rate", "rate: reward per step still to earn; rtg: the return-to-go itself", choices=["rate", "rtg"])
     p.flag("context", 2, "K, the steps that the model sees; a step is three tokens, and each passes all of the trunk")
     # training
-    p.flag("steps", 1000, "gradient steps")
+    p.flag("steps", 500, "gradient steps")
     p.flag("batch_size", 32, "windows of K steps per gradient step")
     p.flag("lr", 1e-3, "AdamW's peak learning rate")
     p.flag("warmup", 50, "steps up to the peak; a cosine down to a tenth of it follows")
@@ -204,8 +204,8 @@ def read_safetensors(path):
     return found
 
 
-def load_trunk(folder):
-    """A folder in Hugging Face's layout -> GPTNeoX in float32, whatever its files hold. One or many .safetensors or .bin."""
+def load_trunk(folder, dtype=torch.float32):
+    """A folder in Hugging Face's layout -> GPTNeoX in dtype, whatever its files hold. One or many .safetensors or .bin."""
     folder, path = pathlib.Path(folder), None
     try:
         path = folder / "config.json"
@@ -223,7 +223,7 @@ def load_trunk(folder):
         found = {k.removeprefix("gpt_neox."): x for k, x in found.items()}
         with torch.device("meta"):
             trunk = GPTNeoX(cfg)
-        trunk.load_state_dict({k: found[k].float() for k in trunk.state_dict()}, assign=True)   # the rest: words, buffers
+        trunk.load_state_dict({k: found[k].to(dtype) for k in trunk.state_dict()}, assign=True)   # the rest: words, buffers
     except Exception as e:              # a broken zip, pickle, JSON or shape: each its own error
         why = f"lacks {e}" if isinstance(e, KeyError) else str(e).splitlines()[0] if str(e) else type(e).__name__
         sorry(f"{path} is not part of a GPT-NeoX that can be read ({why})")
@@ -267,8 +267,9 @@ def trunk_dtype(args, device, trained):
 def find_trunk(args, device):
     """--model -> the trunk. What is not to be trained needs no gradient: the backward pass goes through it and keeps none."""
     kind, _, shape = args.model.partition(":")
+    dtype = trunk_dtype(args, device, kind == "scratch" or args.tune_ln)
     if kind not in ("random", "scratch"):
-        trunk = load_trunk(args.model if pathlib.Path(args.model).is_dir() else fetch_model(args.model))
+        trunk = load_trunk(args.model if pathlib.Path(args.model).is_dir() else fetch_model(args.model), dtype)
     elif shape not in SHAPES:
         sorry(f"--model {args.model}: {kind}: wants one of {', '.join(SHAPES)}")
     else:
@@ -281,7 +282,7 @@ def find_trunk(args, device):
                 nn.init.zeros_(m.bias)
     for name, p in trunk.named_parameters():
         p.requires_grad_(kind == "scratch" or args.tune_ln and "norm" in name)
-    return trunk.to(device, trunk_dtype(args, device, kind == "scratch" or args.tune_ln))
+    return trunk.to(device, dtype)
 
 # ---- the idea: new ends for a language model ----------------------------------------------------------------------------------
 
@@ -460,7 +461,7 @@ def compare(args):
         command = [sys.executable, str(here / script), *map(str, [*more, *flags])]
         print(f"running python {' '.join(command[1:])}", flush=True)
         text = subprocess.run(command, stdout=subprocess.PIPE, text=True).stdout      # its stderr, progress and faults, is ours
-        found = re.findall(r"\n(.+) \(([\d,]+) parameters, (\d+) s of training\)\n asked.*((?:\n +-?\d+ +-?[\d.]+ \+- .*)+)", text)
+        found = re.findall(r"\n(.+) \(([\d,]+) parameters, (\d+) s of training\)\n asked.*((?:\n *-?\d+ +-?[\d.]+ \+- .*)+)", text)
         rows += [(name, count, seconds, [[float(x) for x in re.findall(r"-?[\d.]+", line)[:3]] for line in table.split("\n")[1:]])
                  for name, count, seconds, table in found] or [(label, "", "", "could not be run here: its sentence stands above")]
     asked = "python rag_cheetah.py --llm MODEL --targets " + " ".join(f"{x:.0f}" for x in targets)

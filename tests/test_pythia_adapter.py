@@ -401,3 +401,31 @@ def test_a_loss_that_is_not_finite_names_its_step(monkeypatch, tmp_path, capsys)
     with pytest.raises(SystemExit) as e:
         common.run(pa.main)
     assert e.value.code == 2 and "not finite at step 0" in capsys.readouterr().err
+
+
+def test_the_comparison_says_what_each_command_printed_and_what_could_not_be_run(monkeypatch, tmp_path, capsys):
+    """The commands are not run here: their real output, as text, stands in for them."""
+    monkeypatch.chdir(tmp_path)
+    head = " asked    reached            error    fell\n"
+    said = {"dt_cheetah.py": "device cpu\n\nDT, reward rate (728,582 parameters, 54 s of training)\n" + head +
+            "   300     301.1 +-    0.6    0.37%    0/10\n  1200   -1200.5 +-    2.2    0.15%    1/10\n\nbehaviour cloning (727,302 parameters, 51 s of training)\n" + head +
+            "   300    1700.0 +-  900.0  466.67%    0/10\n  1200    1650.0 +- 1000.5   90.00%    0/10\nresult dt_cheetah.py: targets 2\n",
+            "rag_cheetah.py": "store\n\nkNN (0 parameters, 0 s of training)\n" + head + "   300     299.0 +-    0.2    0.33%    0/10\n  1200    1194.0 +-    3.0    0.50%    0/10\n"}
+    commands = []
+
+    def fake(command, **kw):
+        commands.append([str(x) for x in command])
+        return subprocess.CompletedProcess(command, 0, said.get(pathlib.Path(command[1]).name, ""))
+    monkeypatch.setattr(pa.subprocess, "run", fake)
+    monkeypatch.setattr(sys, "argv", ["pythia_adapter.py", "--compare", "--targets", "300", "1200", "--seed", "3"])
+    common.run(pa.main)
+    out = capsys.readouterr().out
+    assert [pathlib.Path(c[1]).name for c in commands] == ["dt_cheetah.py", "pythia_adapter.py", "pythia_adapter.py", "rag_cheetah.py"]
+    assert all(c[c.index("--seed") + 1] == "3" and c[c.index("--targets") + 1:] == ["300.0", "1200.0"] for c in commands)
+    rows = {line[:34].strip(): line[34:].split() for line in out.splitlines() if line[:34].strip()}
+    assert rows["DT, reward rate"] == "301 +- 1 -1200 +- 2 728,582 54".split()
+    assert rows["behaviour cloning"] == "1700 +- 900 1650 +- 1000 727,302 51".split()
+    assert rows["kNN"] == "299 +- 0 1194 +- 3 0 0".split()
+    assert out.split("result ")[0].count("could not be run here") == 2 and "not run: it asks a paid endpoint" in out
+    m = json.loads((tmp_path / "out/results.jsonl").read_text().splitlines()[-1])["metrics"]
+    assert m["policies"] == 3 and pathlib.Path(m["figure"]).read_bytes()[:4] == b"\x89PNG"

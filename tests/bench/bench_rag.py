@@ -28,7 +28,7 @@ def search():
     rng, E, L, k = np.random.default_rng(0), 500, 1000, 8
     obs, act, rate = (np.float32(rng.standard_normal(s)) for s in ((E * L, 17), (E * L, 6), (E * L,)))
     store = rag.Store(obs, act, rate, np.full(E, L), 4.0)
-    keys = store.table[:, :-1].contiguous()
+    keys = store.table[:-1].T.contiguous()
     try:
         from scipy.spatial import cKDTree
         tree = cKDTree(keys.numpy())

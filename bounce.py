@@ -47,7 +47,7 @@ def get_args(argv=None):
     p.flag("n_head", 4, "attention heads")
     p.flag("n_embd", 128, "width of a token")
     # training
-    p.flag("steps", 1400, "gradient steps")
+    p.flag("steps", 1000, "gradient steps")
     p.flag("small", 0.7, "share of the steps on small dense mazes (9-12 x 14-22, 3 bars), which are cheap and full of bounces")
     p.flag("mazes", 8, "mazes per step and process")
     p.flag("balls", 6, "games per maze: they share its memory")
@@ -57,14 +57,14 @@ def get_args(argv=None):
     p.flag("grad_clip", 1.0, "largest gradient norm")
     p.flag("noise_texts", 0.25, "share of texts of random characters: rare letters are learned, and no quote by heart")
     p.flag("decoys", 64, "walls outside the maze in its memory: far ones must mean nothing, or larger mazes fail")
-    p.flag("dtype", "bfloat16", "of the matrix products; float32 is slower and no better", choices=["bfloat16", "float32"])
+    p.flag("dtype", "auto", "of the matrix products; auto: bfloat16 where the hardware has it", choices=["auto", "bfloat16", "float32"])
     p.flag("seed", 0, "of weights and games")
     # evaluation and things to look at
     p.flag("games", 1000, "held-out games, each in a maze of its own")
     p.flag("show", False, "play one game in the terminal, the truth beside it, and end")
-    p.flag("field", None, "with --show: a file with a maze of yours and a * in it", metavar="FILE")
-    p.flag("text", "", "with --show: what to write; a held-out quote if not given")
-    p.flag("direction", "SE", "with --field: where the ball starts to", choices=list(DIRECTIONS))
+    p.flag("field", None, "show a maze of yours instead, drawn as the others are, with a * in it", metavar="FILE")
+    p.flag("text", "Here is my handle, here is my spout.", "what to write into it")
+    p.flag("direction", "SE", "where its ball starts to", choices=list(DIRECTIONS))
     p.flag("video", True, "write an mp4 and a PNG of a held-out game")
     # other models: the seed's text format, as JSON lines for lora_llama.py
     p.flag("export", None, "write the seed's prompts and answers here, held-out ones beside it, and end", metavar="FILE.jsonl")
@@ -172,11 +172,24 @@ def split_quotes(quotes):
     return [x for i, x in enumerate(quotes) if i % 10 != 5], quotes[5::10]
 
 
-def prompt(field, r, c, direction, text):
-    rows = drawn(field, [r], [c], "*")
-    return (f"A ball starts at the * and moves diagonally through the playing field, one cell per step. Walls reflect it. Each step writes "
-            f"the next character of the reference text; a space leaves the cell as it was, a later character overwrites an earlier one.\n\n"
-            f"### Starting direction:\n{direction}\n\n### Reference text:\n{text}\n\n### Playing field:\n```\n" + "\n".join(rows) + "\n```\n\n### Answer:\n")
+def one_game(field, r, c, direction, text):
+    """A single game as make_games makes them: M = n = 1."""
+    start = (np.array([x]) for x in (0, r, c, list(DIRECTIONS).index(direction)))
+    R, C, D = (x[None] for x in paths(field[None], *start, len(text)))
+    return dict(fields=field[None], H=np.array([len(field)]), W=np.array([len(field[0])]), texts=[text], R=R, C=C, D=D)
+
+
+def prompt(g):
+    """A single game in the seed's text format; its answer is the fenced grid with the text written along the path."""
+    rows = drawn(g["fields"][0], g["R"][0, 0, :1], g["C"][0, 0, :1], "*")
+    return ("A ball starts at the * and moves diagonally through the playing field, one cell per step. Walls reflect it. Each step writes the "
+            "next character of the reference text; a space leaves the cell as it was, a later character overwrites an earlier one.\n\n"
+            f"### Starting direction:\n{list(DIRECTIONS)[g['D'][0, 0, 0]]}\n\n### Reference text:\n{g['texts'][0]}\n\n"
+            "### Playing field:\n```\n" + "\n".join(rows) + "\n```\n\n### Answer:\n")
+
+
+def answer(g):
+    return "```\n" + "\n".join(drawn(g["fields"][0], g["R"][0, 0], g["C"][0, 0], g["texts"][0])) + "\n```"
 
 
 def read_field(lines):
@@ -199,17 +212,11 @@ def read_field(lines):
 
 
 def read_prompt(text):
-    """A prompt in the format above -> field, r, c, direction, text. ValueError says what is wrong."""
+    """A prompt in the format above -> its game. ValueError says what is wrong."""
     m = re.search(r"### Starting direction:\n(\w+)\n\n### Reference text:\n(.*)\n\n### Playing field:\n```\n(.*?)\n```", text, re.S)
     if not m or m[1] not in DIRECTIONS or not m[2] or "\n" in m[2]:
         raise ValueError("the prompt is not of --export's form")
-    return *read_field(m[3].split("\n")), m[1], m[2]
-
-
-def answer(field, r, c, direction, text):
-    """-> the fenced grid, and where the ball is at each step: R, C (T+1,)."""
-    R, C, _ = (x[0] for x in paths(field[None], np.array([0]), *(np.array([x]) for x in (r, c, list(DIRECTIONS).index(direction))), len(text)))
-    return "```\n" + "\n".join(drawn(field, R, C, text)) + "\n```", R, C
+    return one_game(*read_field(m[3].split("\n")), m[1], m[2])
 
 
 def export(args, path, quotes):
@@ -220,8 +227,7 @@ def export(args, path, quotes):
             for i in tqdm(range(args.export_games[side]), desc=name.name, unit="game", disable=None):
                 rng = np.random.default_rng((args.seed, 3, side, i))
                 g = make_games(rng, 1, 1, split_quotes(quotes)[side], args.height, args.width, args.bars)
-                it = g["fields"][0], *(int(g[k][0, 0, 0]) for k in "RC"), list(DIRECTIONS)[g["D"][0, 0, 0]], g["texts"][0]
-                f.write(json.dumps(dict(prompt=prompt(*it), answer=answer(*it)[0])) + "\n")
+                f.write(json.dumps(dict(prompt=prompt(g), answer=answer(g))) + "\n")
         print(f"wrote {args.export_games[side]} games to {name}")
 
 
@@ -229,22 +235,21 @@ def compare(line):
     """A JSON line {"prompt", "completion"} -> what is right in it. ValueError: it cannot be compared, and why."""
     try:
         row = json.loads(line)
-        field, r, c, direction, text = read_prompt(row["prompt"])
+        g = read_prompt(row["prompt"])
     except (ValueError, TypeError, KeyError, RecursionError):
         raise ValueError("no line of JSON with a prompt of --export's form") from None
     if not isinstance(row.get("completion"), str):
         raise ValueError("no completion")
     fence = re.search(r"```[^\n]*\n(.*?)\n?(```|$)", row["completion"], re.S)              # the last fence may have been cut off
-    want, R, C = answer(field, r, c, direction, text)
-    got, want = fence[1].split("\n") if fence else [], want.split("\n")[1:-1]
+    got, want = fence[1].split("\n") if fence else [], answer(g).split("\n")[1:-1]
     if not fence or [len(x) for x in got] != [len(x) for x in want]:
         raise ValueError("a grid of another size" if fence else "no fenced grid")
     got, want = np.array([list(x) for x in got]), np.array([list(x) for x in want])
-    same, second, letter = got == want, (R[1], C[1]), (field == 0) & (want != " ")
-    rates = dict(exact_grid=same.all(), walls=same[field > 0].all())
+    same, second, wall = got == want, (g["R"][0, 0, 1], g["C"][0, 0, 1]), g["fields"][0] > 0
+    rates, letter = dict(exact_grid=same.all(), walls=same[wall].all()), ~wall & (want != " ")
     if letter.any():
         rates["letters"] = same[letter].mean()
-    if want[second] == text[1:2]:                           # unless overwritten later: is the second letter where the direction says?
+    if want[second] == g["texts"][0][1:2]:                           # unless overwritten later: is the second letter where the direction says?
         rates["direction"] = same[second]
     return rates
 
@@ -597,7 +602,6 @@ def show(model, g, args, device):
         print("".join(x if x == y else red(x) for x, y in zip(a, b)) + "   " + b)
     print(f"\n{sum(x != y for a, b in zip(got, want) for x, y in zip(a, b))} cells differ")
 
-
 # ---- main ------------------------------------------------------------------------------------------------------------------
 
 def checkpoint(args, quotes):
@@ -614,40 +618,37 @@ def main():
     everything = common.read_texts(args.quotes)
     if args.export:
         return export(args, args.export, everything)
+    quotes, unseen = split_quotes(everything)
+    g = make_games(np.random.default_rng((args.seed, 4)), 1, 1, unseen, args.height, args.width, args.bars)
     if args.field:
         try:
-            field, r, c = read_field(pathlib.Path(args.field).read_text(encoding="utf-8").strip("\n").split("\n"))
+            lines = pathlib.Path(args.field).read_text(encoding="utf-8").strip("\n").split("\n")
+            g = one_game(*read_field(lines), args.direction, "".join(x for x in args.text if " " <= x <= "~") or "*")
         except (OSError, ValueError) as e:
             sorry(f"{args.field}: {e}")
+    if args.dtype == "auto":
+        args.dtype = common.fast_dtype(device)
     if "RANK" in os.environ:
         dist.init_process_group("nccl" if device == "cuda" else "gloo")
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"])) if device == "cuda" else None
-    quotes, unseen = split_quotes(everything)
     print(f"device {device}, {torch.get_num_threads()} threads, {args.dtype}; {len(quotes)} quotes to train on, {len(unseen)} held out")
     model, seconds = train(args, quotes, checkpoint(args, quotes), device)
     if dist.is_initialized() and dist.get_rank():
         return
-    g = make_games(np.random.default_rng((args.seed, 4)), 1, 1, unseen, args.height, args.width, args.bars)
-    if args.show:
-        if args.field or args.text:
-            field, r, c, d = (field, r, c, list(DIRECTIONS).index(args.direction)) if args.field else (g["fields"][0], *g["R"][0, :, 0], *g["C"][0, :, 0], g["D"][0, 0, 0])
-            text = "".join(x for x in args.text or g["texts"][0] if " " <= x <= "~")
-            R, C, D = paths(field[None], np.zeros(1, int), np.array([r]), np.array([c]), np.array([d]), len(text))
-            g = dict(fields=field[None], H=np.array([field.shape[0]]), W=np.array([field.shape[1]]), texts=[text], R=R[None], C=C[None], D=D[None])
+    if args.show or args.field:
         return show(model, g, args, device)
-    tall, wide = (int(1.5 * x[1]) for x in (args.height, args.width))
-    few = max(1, args.games // 5)
-    long = sorted((f"{a} {b}" for a, b in zip(unseen, unseen[len(unseen) // 2:])), key=len)
-    tests = {"held out": (unseen, args.games, {}), f"{tall} x {wide}, 1.5 times the largest": (unseen, few, dict(height=[tall] * 2, width=[wide] * 2)),
-             "two quotes in one": (long, few, {}), "twice as many walls": (unseen, few, dict(bars=2 * args.bars))}
-    print(f"\n({sum(w.numel() for w in model.parameters()):,} parameters, {seconds:.0f} s of training)")
     metrics = dict(parameters=sum(w.numel() for w in model.parameters()), train_seconds=round(seconds))
-    for name, (texts, games, change) in tests.items():
-        rates = evaluate(model, args, texts, device, games, **change)
-        print(f"{name} ({games} games): " + "  ".join(f"{k} {v:.2%}" for k, v in rates.items() if not isinstance(v, list)))
-        for k in ("by_time", "by_bounce") if name == "held out" else ():
-            print(f"  {dict(by_time='letters right, steps 0-9, 10-19, ...', by_bounce='in place after bounce 1, 2, ...')[k]}: " + " ".join(f"{x:.3f}" for x in rates[k]))
-        metrics.update({f"{k}{'' if name == 'held out' else ', ' + name}": v for k, v in rates.items() if k in ("exact_grid", "exact_path")})
+    print(f"\n{metrics['parameters']:,} parameters, {seconds:.0f} s of training")
+    tall, wide = (int(1.5 * x[1]) for x in (args.height, args.width))
+    long = sorted((f"{a} {b}" for a, b in zip(unseen, unseen[len(unseen) // 2:])), key=len)
+    beyond = {"": {}, f", {tall} x {wide}": dict(height=[tall] * 2, width=[wide] * 2), ", two quotes in one": {}, ", twice the walls": dict(bars=2 * args.bars)}
+    for name, change in beyond.items():                     # 1.5 times the largest size, and what else it never saw
+        games = max(1, args.games // (5 if name else 1))
+        rates = evaluate(model, args, long if "two" in name else unseen, device, games, **change)
+        print(f"{games} held-out games{name}: " + "  ".join(f"{k} {v:.2%}" for k, v in rates.items() if not isinstance(v, list)))
+        for k, title in dict(by_time="letters right, steps 0-9, 10-19, ...", by_bounce="in place after bounce 1, 2, ...").items() if not name else ():
+            print(f"  {title}: " + " ".join(f"{x:.3f}" for x in rates[k]))
+        metrics.update({k + name: v for k, v in rates.items() if k in ("exact_grid", "exact_path")})
     _, _, R, C, text = next(read_path(g, generate(model, g, device)[0]))
     if args.video and text:                                 # an untrained model may end before its first letter
         frames = list(common.draw_pen(g["fields"][0], R, C, text))

@@ -49,6 +49,13 @@ def pick_device():
     """cuda, else mps, else cpu: chosen once, at the start of main()."""
     return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
+
+def fast_dtype(device):
+    """"bfloat16" where the hardware multiplies it, else "float32": emulated on an older CPU it is slower than float32."""
+    has = lambda name: getattr(torch.cpu, f"_is_{name}_supported", bool)()
+    fast = torch.cuda.is_bf16_supported(False) if device == "cuda" else device == "cpu" and (has("avx512_bf16") or has("amx_tile"))
+    return "bfloat16" if fast else "float32"
+
 # ---- part 2: files that are whole or not there -----------------------------------------------------------------------------
 
 @contextlib.contextmanager

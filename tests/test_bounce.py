@@ -77,8 +77,7 @@ def test_the_seeds_own_picture():
     text = "I'm sorry Dave, I'm afraid I can't do that."
     bare = [re.sub(r"[^|+\- ]", " ", row) for row in SEEDS_PICTURE]
     bare[1] = bare[1][:12] + "*" + bare[1][13:]
-    field, r, c = b.read_field(bare)
-    assert b.answer(field, r, c, "SE", text)[0].split("\n")[1:-1] == SEEDS_PICTURE
+    assert b.answer(b.one_game(*b.read_field(bare), "SE", text)).split("\n")[1:-1] == SEEDS_PICTURE
 
 
 def test_10000_games_lead_back_to_their_starts():
@@ -266,13 +265,15 @@ def test_it_learns_and_the_model_can_draw():
 
 # ---- files ---------------------------------------------------------------------------------------------------------------------
 
+def singles(seed, n):
+    for m in range(n):
+        yield games((seed, m), M=1, n=1)
+
+
 def test_prompts_are_read_back():
-    g = games(9, M=10, n=1)
-    for m in range(10):
-        field, r, c = g["fields"][m, :g["H"][m], :g["W"][m]], g["R"][m, 0, 0], g["C"][m, 0, 0]
-        text, name = g["texts"][m], list(b.DIRECTIONS)[g["D"][m, 0, 0]]
-        f2, *rest = b.read_prompt(b.prompt(field, r, c, name, text))
-        assert np.array_equal(field, f2) and rest == [r, c, name, text]
+    for g in singles(9, 10):
+        back = b.read_prompt(b.prompt(g))
+        assert back["texts"] == g["texts"] and all(np.array_equal(back[k], g[k]) for k in ("fields", "H", "W", "R", "C", "D"))
 
 
 FIELD = ["+-----+", "|     |", "| *   |", "|     |", "|     |", "+-----+"]
@@ -316,10 +317,7 @@ def test_the_quotes_that_ship():
 
 
 def completions(n=12):
-    g = games(10, M=n, n=1)
-    for m in range(n):
-        it = (g["fields"][m, :g["H"][m], :g["W"][m]], g["R"][m, 0, 0], g["C"][m, 0, 0], list(b.DIRECTIONS)[g["D"][m, 0, 0]], g["texts"][m])
-        yield dict(prompt=b.prompt(*it), completion=b.answer(*it)[0])
+    return [dict(prompt=b.prompt(g), completion=b.answer(g)) for g in singles(10, n)]
 
 
 def scored(rows, tmp_path):
@@ -328,7 +326,7 @@ def scored(rows, tmp_path):
 
 
 def test_scores(tmp_path):
-    good = list(completions())
+    good = completions()
     assert scored(good, tmp_path) == dict(completions=12, compared=12, wrong={}, exact_grid=1.0, letters=1.0, direction=1.0, walls=1.0)
     blank = [dict(x, completion="```\n" + x["prompt"].split("```\n")[1].replace("*", " ") + "```") for x in good]
     r = scored(blank, tmp_path)
@@ -339,7 +337,7 @@ def test_scores(tmp_path):
     assert r["wrong"] == {"no line of JSON with a prompt of --export's form": 3, "no fenced grid": 1, "a grid of another size": 1}
 
 
-GOOD = list(completions(4))
+GOOD = completions(4)
 
 
 @settings(max_examples=1000, deadline=None)
@@ -362,7 +360,7 @@ def test_smoke_alone_then_show_export_score(alone):
     r = alone("bounce.py", "--smoke", "--show")
     assert r.returncode == 0 and "cells differ" in r.stdout
     (alone.folder / "f.txt").write_text("\n".join(FIELD))
-    r = alone("bounce.py", "--smoke", "--show", "--field", "f.txt", "--text", "hello", "--direction", "NE")
+    r = alone("bounce.py", "--smoke", "--field", "f.txt", "--text", "hello", "--direction", "NE")
     assert r.returncode == 0 and "NE: hello" in r.stdout
     r = alone("bounce.py", "--smoke", "--export", "out/x.jsonl")
     train, held = ([json.loads(x) for x in (alone.folder / f"out/{n}.jsonl").read_text().splitlines()] for n in ("x", "x_heldout"))
@@ -376,11 +374,16 @@ def test_smoke_alone_then_show_export_score(alone):
     (["--stepps", "3"], "--stepps"), (["--steps", "0"], "--steps"), (["--width", "40", "30"], "--width"), (["--n_embd", "100"], "--n_embd"),
     (["--quotes", "none.txt"], "none.txt"), (["--quotes", "bin.txt"], "binary"), (["--quotes", "few.txt"], "at least 10"), (["--quotes", "bad.json"], "bad.json"),
     (["--score", "none.jsonl"], "none.jsonl"), (["--score", "bin.txt"], "bin.txt"), (["--score", "empty.jsonl"], "no completions"),
-    (["--show", "--field", "bad.txt"], "2 starts"), (["--show", "--field", "none.txt"], "none.txt")])
-def test_mistakes_get_a_sentence(alone, flags, says):
+    (["--field", "bad.txt"], "2 starts"), (["--field", "none.txt"], "none.txt")])
+def test_mistakes_get_a_sentence(flags, says, tmp_path, monkeypatch, capsys):
     for name, raw in {"bin.txt": b"\x00\xff\x01" * 9, "few.txt": b"one\n", "bad.json": b"[[[", "empty.jsonl": b"\n", "bad.txt": "\n".join(FIELD[:3] + ["|*    |"] + FIELD[4:]).encode()}.items():
-        (alone.folder / name).write_bytes(raw)
-    assert says in refused(alone("bounce.py", "--smoke", *flags, files=FILES))
+        (tmp_path / name).write_bytes(raw)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["bounce.py", "--smoke", *flags])
+    with pytest.raises(SystemExit) as e:
+        common.run(b.main)
+    err = capsys.readouterr().err.strip()
+    assert e.value.code == 2 and says in err and "\n" not in err and not (tmp_path / "out").exists()
 
 
 def weights(folder):

@@ -17,7 +17,8 @@ import common
 from common import sorry
 
 S_DIM, A_DIM, DT = 17, 6, 0.05          # HalfCheetah-v5: observation, action, seconds per step
-T_DATA, OUT, SAVE_EVERY = 1000, pathlib.Path("out"), 100    # steps of an episode, and length of the timestep embedding
+T_DATA, OUT, SAVE_EVERY = 1000, pathlib.Path("out"), 100    # T_DATA: its time limit, and the length of the timestep embedding
+CLOCK = dict(rate=100, rtg=T_DATA - 1)  # a rate knows how much time is left: its clock stops, and every horizon looks alike
 # Pythia's sizes (Biderman et al. 2023, arXiv 2304.01373, table 1): layers, width, heads
 SHAPES = {"pythia-14m": (6, 128, 4), "pythia-31m": (6, 256, 8), "pythia-70m": (6, 512, 8), "pythia-160m": (12, 768, 12),
           "pythia-410m": (24, 1024, 16), "pythia-1b": (16, 2048, 8), "pythia-1.4b": (24, 2048, 16), "pythia-2.8b": (32, 2560, 32),
@@ -206,9 +207,9 @@ def read_safetensors(path):
 
 def load_trunk(folder, dtype=torch.float32):
     """A folder in Hugging Face's layout -> GPTNeoX in dtype, whatever its files hold. One or many .safetensors or .bin."""
-    folder, path = pathlib.Path(folder), None
+    folder = pathlib.Path(folder)
+    path = folder / "config.json"
     try:
-        path = folder / "config.json"
         config = json.loads(path.read_text())
         if config.get("model_type", "gpt_neox") != "gpt_neox":
             raise ValueError(f"it is a {config['model_type']}, not a gpt_neox")
@@ -344,11 +345,6 @@ def windows(first, length, K, B, rng):
     index = end[:, None] + np.arange(1 - K, 1)
     return np.maximum(index, begin), np.maximum(index - begin, 0), index >= begin
 
-
-def clock(t, condition):
-    """A rate already knows how much time is left, so its clock stops after 100 steps; a return-to-go needs it to the end."""
-    return np.minimum(t, 100 if condition == "rate" else T_DATA - 1)
-
 # ---- training --------------------------------------------------------------------------------------------------------------
 
 def build(args, device):
@@ -386,7 +382,7 @@ def train(args, data, file, device):
     while step < args.steps:
         # batches depend on (seed, step) alone: a resumed run sees what an unbroken one would have seen
         i, t, valid = windows(d.first, d.length, args.context, args.batch_size, np.random.default_rng((args.seed, step)))
-        i, t, valid = (torch.from_numpy(x).to(device) for x in (i, clock(t, args.condition), valid))
+        i, t, valid = (torch.from_numpy(x).to(device) for x in (i, np.minimum(t, CLOCK[args.condition]), valid))
         for group in optimizer.param_groups:
             group["lr"] = args.lr * min((step + 1) / args.warmup, 0.55 + 0.45 * math.cos(math.pi * step / args.steps))
         loss = F.mse_loss(adapter(trunk, r[i], obs[i], act[i], t, valid)[valid], act[i][valid])
@@ -423,7 +419,7 @@ def evaluate(trunk, adapter, targets, args, device):
         for x in (r, s, a, t, valid):                           # the window moves on by a step
             x[:, :-1] = x[:, 1:].clone()
         r[:, -1] = torch.from_numpy(reward_rate(owed, H - step) if args.condition == "rate" else owed)
-        s[:, -1], t[:, -1], valid[:, -1] = torch.from_numpy(obs), int(clock(step, args.condition)), True
+        s[:, -1], t[:, -1], valid[:, -1] = torch.from_numpy(obs), min(step, CLOCK[args.condition]), True
         a[:, -1] = adapter(trunk, r, s, a, t, valid, last=True)[:, 0]
         obs, reward = sim.step(a[:, -1].double().cpu().numpy())
         earned, owed, fell = earned + reward, owed - reward, fell | (np.abs(obs[:, 1]) > 1.2)
@@ -432,17 +428,18 @@ def evaluate(trunk, adapter, targets, args, device):
 
 
 def figure(rows, path):
-    """rows: (policy, asked (n,), mean (n,), std (n,)) -> a PNG of target against reached."""
+    """rows: (policy, asked (n,), mean (n,), std (n,)) -> a PNG: for each target a group of bars, and a line where they should end."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    fig, ax = plt.subplots(figsize=(6, 6), dpi=120)
-    top = 1.05 * max(max(asked) for _, asked, _, _ in rows)
-    ax.plot([0, top], [0, top], color="0.8", lw=4, zorder=0)
-    for name, asked, mean, std in rows:
-        ax.errorbar(asked, mean, std, lw=1.5, capsize=3, marker=".", label=name)
-    ax.set(xlabel="return asked for", ylabel="return reached, mean and spread of the episodes", xlim=(0, top))
-    ax.legend(frameon=False)
+    fig, ax = plt.subplots(figsize=(8, 4.5), dpi=120)
+    x, width, asked = np.arange(len(rows[0][1])), 0.8 / len(rows), rows[0][1]
+    for i, (name, _, mean, std) in enumerate(rows):
+        ax.bar(x - 0.4 + (i + 0.5) * width, mean, width, yerr=std, capsize=2, label=name)
+    ax.hlines(asked, x - 0.45, x + 0.45, color="0.2", lw=1, ls="--", label="asked for")
+    ax.set(xlabel="return asked for", ylabel="return reached, mean and spread of the episodes")
+    ax.set_xticks(x, [f"{a:.0f}" for a in asked])
+    ax.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncol=3)
     ax.spines[["top", "right"]].set_visible(False)
     with common.whole_file(path) as part:
         fig.savefig(part, bbox_inches="tight")
@@ -468,7 +465,7 @@ def compare(args):
     rows.append(("kNN + LLM", "", "", f"not run: it asks a paid endpoint at every step; {asked}"))
     log = OUT / "results.jsonl"
     for row in map(json.loads, log.read_text().splitlines() if log.exists() else []):
-        if row["script"] == "rag_cheetah.py" and row["flags"]["llm"] != "knn":
+        if row["script"] == "rag_cheetah.py" and row["flags"]["llm"] != "knn" and row["flags"]["targets"] == targets:
             rows[-1] = (f"kNN + {row['flags']['llm']}", "0", "0", [x[:3] for x in row["metrics"]["table"]])
     print(f"\n{'return, mean +- std of episodes':34s}" + "".join(f"{x:>16.0f}" for x in targets) + "   parameters  seconds trained")
     for name, count, seconds, table in rows:

@@ -5,8 +5,10 @@
 Measured: TODO
 Papers: PPO (Schulman et al. 2017, arXiv 1707.06347), GAE (1506.02438), GRPO (2402.03300), Dr. GRPO (2503.20783), RLOO (2402.14740),
 Llama 2 (2307.09288, section 3). Differs from them in:
-1. TODO
-Not handled: prompts longer than --prompt_len tokens (their end is kept); mini-batches within a batch of completions.
+1. KL to the frozen start is a loss (k3, as GRPO's) for every algorithm, not a penalty inside the reward; AdamW without weight decay
+2. no mini-batches: each gradient step sees all completions of its round; RLOO takes PPO's clipped ratio, token by token
+3. rejection sampling trains on the best 64 winners of all rounds; the judge of --algo rlhf is a program, its model 0.1M parameters
+Not handled: prompts longer than --prompt_len tokens (their end is kept); rewards that look at the prompt, but for the learned one.
 """
 import collections, copy, hashlib, json, math, pathlib, re, sys, time
 
@@ -20,7 +22,7 @@ import common
 from common import sorry
 
 PAD, BOS, EOS, UNK = range(4)
-OUT, DATA, SAVE_EVERY, BEAM_EVERY = pathlib.Path("out"), pathlib.Path(__file__).resolve().parent / "data", 20, 10
+OUT, DATA, SAVE_EVERY, LOOK_EVERY = pathlib.Path("out"), pathlib.Path(__file__).resolve().parent / "data", 20, 20
 
 # ---- flags -----------------------------------------------------------------------------------------------------------------
 
@@ -28,13 +30,13 @@ def get_args(argv=None):
     p = common.Flags(__doc__)
     # what is wanted
     p.flag("algo", "ppo", "how the policy is improved; rlhf: Llama 2's whole recipe", choices="ppo grpo dr_grpo rloo rejection rlhf".split())
-    p.flag("reward", "pattern", "what is rewarded; model: a reward model, learned from a judge's preferences",
+    p.flag("reward", "pattern", "what is rewarded; model: a reward model, learned from a judge's preferences (rlhf's only one)",
            choices="pattern white_more white_less letters length model".split())
     p.flag("pattern", "b c", "the text whose occurrences --reward pattern counts")
     p.flag("letters", "xdj", "--reward letters: tokens made of nothing but these")
-    p.flag("per_step", False, "reward each token with what it adds to the score, not the last one with all of it")
+    p.flag("per_step", False, "PPO: reward each token with what it adds to the score, not the last one with all of it")
     # data and tokens
-    p.flag("corpus", [str(DATA / "quotes.txt"), str(DATA / "patterns.txt")], "texts to pretrain on, one example per line, UTF-8; rlhf's prompts "
+    p.flag("corpus", [str(DATA / "quotes.txt"), str(DATA / "patterns.txt")], "texts to pretrain on, UTF-8, one example per line; rlhf's prompts "
            "come from the first", nargs="+")
     p.flag("vocab_size", 256, "all characters of the corpus, then its most frequent words, up to this many tokens")
     p.flag("prompt_len", 8, "longest prompt in tokens")
@@ -43,7 +45,7 @@ def get_args(argv=None):
     p.flag("n_layer", 2, "transformer blocks")
     p.flag("n_head", 4, "attention heads")
     p.flag("n_embd", 64, "width of a token")
-    p.flag("pos", "learned", "how the model knows where a token stands", choices=["learned", "sinusoidal", "rotary"])
+    p.flag("pos", "learned", "how the model knows where a token stands", choices="learned sinusoidal rotary".split())
     p.flag("n_predict", 1, "tokens drawn at a time, independently of each other")
     p.flag("value", "shared", "the critic: a head on the policy's trunk, or a model of its own", choices=["shared", "separate"])
     # pretraining
@@ -51,34 +53,33 @@ def get_args(argv=None):
     p.flag("batch_size", 64, "lines per step")
     p.flag("lr", 3e-3, "AdamW's peak learning rate in pretraining; a cosine goes down to a tenth of it")
     # reinforcement learning
-    p.flag("iterations", 100, "rounds of sampling and updating")
+    p.flag("iterations", 100, "rounds of sampling and updating; rlhf shares them out among its five versions")
     p.flag("prompts", 16, "prompts per round")
     p.flag("group", 8, "completions per prompt: G of GRPO and RLOO, K of rejection sampling")
-    p.flag("epochs", 4, "gradient steps on each round's completions")
-    p.flag("rl_lr", 1e-3, "AdamW's learning rate in reinforcement learning")
+    p.flag("epochs", 2, "gradient steps on each round's completions")
+    p.flag("rl_lr", 2e-3, "AdamW's learning rate in reinforcement learning")
     p.flag("clip", 0.2, "how far the ratio may go from 1, and a value from its old one, in one round")
     p.flag("gamma", 1.0, "discount; 1: texts are short, and what counts is their whole score")
     p.flag("lam", 0.95, "GAE's lambda: 1 trusts the returns, 0 the critic")
-    p.flag("kl", 0.01, "weight of the KL divergence to the frozen start: higher keeps the text nearer to what it was")
+    p.flag("kl", 0.002, "weight of the KL divergence to the frozen start: higher keeps the text nearer to what it was")
     p.flag("entropy", 0.0, "weight of the entropy bonus")
     p.flag("vf", 0.5, "weight of the critic's loss")
-    p.flag("normalize", "advantages", "PPO: whiten the advantages, the rewards over the whole batch, or nothing", choices=["advantages", "rewards", "none"])
+    p.flag("normalize", "advantages", "PPO: whiten the advantages, the rewards over the whole batch, or nothing", choices="advantages rewards none".split())
     p.flag("reward_scale", 1.0, "multiplies what the learner sees (not what is reported)")
     p.flag("temperature", 1.0, "of sampling, at the first round")
     p.flag("temperature_end", 1.0, "at the last round; linear between")
     p.flag("epsilon", 0.0, "share of tokens drawn at random, at the first round; it is part of the policy, so the ratio knows of it")
     p.flag("epsilon_end", 0.0, "at the last round")
-    # Llama 2's recipe
-    p.flag("pairs", 512, "preference pairs that the judge sees per version")
+    p.flag("pairs", 512, "pairs of completions that the judge compares for a reward model, per version")
     # what comes out
     p.flag("beam", 5, "width of the beam search shown beside sampling")
     p.flag("seed", 0, "of weights, batches and samples")
     p.flag("smoke", False, "the same path with tiny numbers, under a minute")
     if "--smoke" in (sys.argv if argv is None else argv):       # its numbers are defaults: other flags still win over them
-        p.set_defaults(steps=20, batch_size=16, n_embd=32, iterations=4, prompts=4, group=4, epochs=2, pairs=64, beam=2)
+        p.set_defaults(steps=20, batch_size=16, n_embd=32, iterations=4, prompts=4, group=4, pairs=64, beam=2)
     args = p.parse_args(argv)
-    for names, low, high in (("prompt_len max_new n_layer n_head n_embd n_predict steps batch_size iterations prompts epochs pairs beam", 1, 1e9),
-                             ("group", 2, 1e9), ("epsilon epsilon_end gamma lam", 0, 1), ("kl entropy vf", 0, 1e9),
+    at_least_1 = "prompt_len max_new n_layer n_head n_embd n_predict steps batch_size iterations prompts epochs pairs beam"
+    for names, low, high in ((at_least_1, 1, 1e9), ("group", 2, 1e9), ("epsilon epsilon_end gamma lam", 0, 1), ("kl entropy vf", 0, 1e9),
                              ("lr rl_lr clip temperature temperature_end reward_scale", 1e-9, 1e9)):
         for name in names.split():
             if not low <= getattr(args, name) <= high:
@@ -93,12 +94,11 @@ def get_args(argv=None):
 def read_lines(path):
     """The lines of a UTF-8 text that are not empty; what is no such text gets a sentence."""
     try:
-        text = pathlib.Path(path).read_text(encoding="utf-8")
+        lines = [line.strip() for line in pathlib.Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
     except UnicodeDecodeError:
-        text = "\0"
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    if "\0" in text or len(lines) < 20:
-        sorry(f"{path} is not UTF-8 text" if "\0" in text else f"{path} has {len(lines)} lines of text; at least 20 are needed")
+        lines = ["\0"]
+    if any("\0" in line for line in lines) or len(lines) < 20:
+        sorry(f"{path} is " + (f"too short: {len(lines)} lines of text, at least 20 are needed" if "\0" not in "".join(lines) else "not UTF-8 text"))
     return lines
 
 
@@ -111,10 +111,9 @@ class Tokenizer:
             sorry(f"--vocab_size {vocab_size} is too small: the corpus has {len(chars)} characters, and 4 tokens are special")
         count = collections.Counter(w for line in lines for w in re.findall(r"[^\W\d_]{2,}", line))
         words = sorted(count, key=lambda w: (-count[w], w))[:vocab_size - len(chars) - 4]
-        self.tokens = ["", "", "", "\ufffd", *chars, *words]
-        self.trie = {}                              # a node maps a character to the next node, and None to the token that ends here
+        self.tokens, self.trie = ["", "", "", "\ufffd", *chars, *words], {}
         for i, token in enumerate(self.tokens[4:], 4):
-            node = self.trie
+            node = self.trie                        # a node maps a character to the next node, and None to the token that ends here
             for ch in token:
                 node = node.setdefault(ch, {})
             node[None] = i
@@ -136,34 +135,31 @@ class Tokenizer:
 
 
 class Corpus:
-    """The files' lines as lists of ids, BOS ... EOS; every twentieth is held out. prompts: those of the first file, for rlhf.
-    Reinforcement learning only makes more frequent what happens at all: so the second file has letter patterns ("b c d", "xdxd")."""
+    """The files' lines as lists of ids, BOS ... EOS; every twentieth is held out. quotes: those of the first file, for rlhf.
+    Reinforcement learning only makes more frequent what happens at all, so the second file has letter patterns ("b c d", "xdxd")."""
     def __init__(self, args):
         files = [read_lines(path) for path in args.corpus]
-        self.tok = Tokenizer([line for lines in files for line in lines], args.vocab_size)
-        self.words = set(re.findall(r"[^\W\d_]+", " ".join(files[0])))
+        self.tok, self.words = Tokenizer(sum(files, []), args.vocab_size), set(re.findall(r"[^\W\d_]+", " ".join(files[0])))
         files = [[[BOS, *self.tok.encode(line), EOS] for line in lines] for lines in files]
-        self.held = [line for lines in files for line in lines[::20]]
-        self.train = [line for lines in files for i, line in enumerate(lines) if i % 20]
-        self.quotes = self.train[:len(files[0]) - len(files[0][::20])]
+        self.train, self.held = ([line for lines in files for i, line in enumerate(lines) if (i % 20 == 0) == out] for out in (False, True))
+        self.quotes = [line for i, line in enumerate(files[0]) if i % 20]
 
 
 def pad(rows, width, side):
-    """Lists of ids -> (B, width), PAD on the left (completions then begin in one column) or right, and the pads per row (B,)."""
-    n = torch.tensor([width - len(r) for r in rows])
-    rows = [[PAD] * (width - len(r)) + r if side == "left" else r + [PAD] * (width - len(r)) for r in rows]
-    return torch.tensor(rows), n
+    """Lists of ids -> (B, width), PAD on the left (completions then begin in one column) or right; the pads per row (B,)."""
+    fill = [[PAD] * (width - len(r)) for r in rows]
+    return torch.tensor([f + r if side == "left" else r + f for f, r in zip(fill, rows)]), torch.tensor([len(f) for f in fill])
 
 
 def draw_prompts(lines, n, copies, args, rng, tails=False):
     """n beginnings of lines, 1 to prompt_len tokens, each `copies` times side by side -> ids (n copies, P), pads on the left
     (n copies,), the rest of each line. tails: cut so near the end that the rest fits max_new, the prompt being what comes before."""
     P, prompts, rests = args.prompt_len, [], []
-    for i in rng.integers(0, len(lines), n):
-        first, end = (len(lines[i]) - args.max_new, len(lines[i]) - 1) if tails else (1, min(P, len(lines[i]) - 1) + 1)
-        cut = int(rng.integers(max(1, first), end))
-        prompts.append(lines[i][max(0, cut - P):cut])
-        rests.append(lines[i][cut:])
+    for line in (lines[i] for i in rng.integers(0, len(lines), n)):
+        first, end = (max(1, len(line) - args.max_new), len(line) - 1) if tails else (1, min(P, len(line) - 1) + 1)
+        cut = int(rng.integers(first, end))
+        prompts.append(line[max(0, cut - P):cut])
+        rests.append(line[cut:])
     ids, left = pad(prompts, P, "left")
     return ids.to(args.device).repeat_interleave(copies, 0), left.to(args.device).repeat_interleave(copies), rests
 
@@ -177,13 +173,13 @@ class Block(nn.Module):
         self.qkv, self.proj, self.up, self.down = nn.Linear(C, 3 * C), nn.Linear(C, C), nn.Linear(C, 2 * C), nn.Linear(2 * C, C)
 
     def forward(self, x, mask, turn, cache):
-        """x (B, T, C); mask (B, 1, T, S) of what may be seen; turn: rotary's (cos, sin) or None; cache: {} or a dict to keep k, v in."""
+        """x (B, T, C); mask (B, 1, T, S): what may be seen; turn: rotary's (cos, sin) or None; cache: None or a dict to keep k, v in."""
         B, T, C = x.shape
         q, k, v = self.qkv(self.ln_1(x)).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)     # (B, nh, T, hs) each
         if turn is not None:
             q, k = rotate(q, *turn), rotate(k, *turn)
         if cache is not None:
-            if "k" in cache:
+            if cache:
                 k, v = torch.cat([cache["k"], k], 2), torch.cat([cache["v"], v], 2)                 # (B, nh, S, hs)
             cache["k"], cache["v"] = k, v
         att = q @ k.transpose(2, 3) * (C // self.n_head)**-0.5      # (B, nh, T, S)
@@ -207,39 +203,32 @@ class Transformer(nn.Module):
         self.blocks, self.ln_f = nn.ModuleList(Block(C, args.n_head) for _ in range(args.n_layer)), nn.LayerNorm(C)
         self.ahead = nn.Linear(C, args.n_predict * C) if args.n_predict > 1 else None
         self.lm_head, self.value_head = nn.Linear(C, V), nn.Linear(C, 1)
-        for m in self.modules():                                    # GPT-2's initialisation
-            if isinstance(m, (nn.Linear, nn.Embedding)):
-                nn.init.normal_(m.weight, std=0.02)
-            if isinstance(m, nn.Linear):
-                nn.init.zeros_(m.bias)
-        nn.init.zeros_(self.value_head.weight)
+        for name, p in self.named_parameters():                     # GPT-2's initialisation; values begin at 0
+            if "ln_" not in name:
+                nn.init.normal_(p, std=0.0 if "bias" in name or "value" in name else 0.02)
 
     def forward(self, ids, left, cache=None):
         """ids (B, T), after those in cache (a list of a dict per block); left (B,): pads on the left of each row. -> (B, T, C)"""
-        B, T = ids.shape
-        C, S = self.wte.embedding_dim, T + (cache[0]["k"].size(2) if cache and cache[0] else 0)
-        slot, left = torch.arange(S, device=ids.device), left[:, None]
-        pos = (slot[-T:] - left).clamp(min=0)                       # (B, T): pads are not counted
-        x, turn = self.wte(ids), None
+        (B, T), x, turn = ids.shape, self.wte(ids), None
+        slot = torch.arange(T + (cache[0]["k"].size(2) if cache and cache[0] else 0), device=ids.device)        # (S,)
+        pos = (slot[-T:] - left[:, None]).clamp(min=0)              # (B, T): pads are not counted
         if self.pos == "learned":
             x = x + self.wpe(pos)
         else:
-            half = (C if self.pos == "sinusoidal" else C // self.n_head) // 2
-            angle = pos[:, :, None] * 10000**(-torch.arange(half, device=ids.device) / half)        # (B, T, half)
+            half = (x.size(2) if self.pos == "sinusoidal" else x.size(2) // self.n_head) // 2
+            angle = pos[:, :, None] * 10000**(-torch.arange(half, device=ids.device) / half)                    # (B, T, half)
             if self.pos == "sinusoidal":                            # scaled to the embeddings' own size, or it drowns them
                 x = x + 0.02 * torch.cat([angle.sin(), angle.cos()], 2)
             else:
                 turn = angle.cos()[:, None], angle.sin()[:, None]
-        mask = (slot <= slot[-T:, None]) & (slot >= left[:, :, None])   # (B, T, S): the past, without the pads
+        mask = ((slot <= slot[-T:, None]) & (slot >= left[:, None, None]))[:, None]     # (B, 1, T, S): the past, without the pads
         for i, block in enumerate(self.blocks):
-            x = block(x, mask[:, None], turn, cache and cache[i])
+            x = block(x, mask, turn, cache and cache[i])
         return self.ln_f(x)
 
     def predict(self, x):
         """hidden states (B, K, C) -> logits (B, K, N, V) of the N tokens that follow each, none of which sees the others."""
-        B, K, C = x.shape
-        x = x[:, :, None] if self.ahead is None else x[:, :, None] + self.ahead(x).view(B, K, self.n_predict, C)
-        return self.lm_head(x)
+        return self.lm_head(x[:, :, None] if self.ahead is None else x[:, :, None] + self.ahead(x).unflatten(2, (self.n_predict, -1)))
 
     def value(self, x):
         return self.value_head(x)[..., 0]
@@ -253,45 +242,40 @@ class Rule:
         V, R, name = len(tok.tokens), args.max_new, args.reward
         S = dict(pattern=len(args.pattern), length=R + 1).get(name, 1)
         self.gain, self.then = torch.zeros(S, V), torch.zeros(S, V, dtype=torch.long)
-        for v, token in enumerate(tok.tokens):
-            for s in range(S):
-                if name == "pattern":               # the state: how many characters of the pattern have been read
-                    g, text = 0, args.pattern[:s]
-                    for ch in token:
-                        text += ch
-                        if text == args.pattern:    # found: begin anew, as str.count does
-                            g, text = g + 1, ""
-                        while not args.pattern.startswith(text):
-                            text = text[1:]
-                    self.gain[s, v], self.then[s, v] = g, len(text)
-                elif name == "length":              # end after R // 2 tokens: all of it comes with EOS
-                    self.gain[s, v], self.then[s, v] = (v == EOS) * (1 - abs(s - R // 2) / (R - R // 2)), min(s + 1, R)
-                elif token and v != UNK:
-                    self.gain[s, v] = dict(white_more=token.isspace(), white_less=not token.isspace(), letters=set(token) <= set(args.letters))[name]
+        for s, (v, token) in ((s, pair) for s in range(S) for pair in enumerate(tok.tokens)):
+            if name == "pattern":                   # the state: how many characters of the pattern have been read
+                text = args.pattern[:s]
+                for ch in token:
+                    text += ch
+                    if text == args.pattern:        # found: begin anew, as str.count does
+                        self.gain[s, v], text = self.gain[s, v] + 1, ""
+                    while not args.pattern.startswith(text):
+                        text = text[1:]
+                self.then[s, v] = len(text)
+            elif name == "length":                  # end after R // 2 tokens: all of it comes with EOS
+                self.gain[s, v], self.then[s, v] = (v == EOS) * (1 - abs(s - R // 2) / (R - R // 2)), min(s + 1, R)
+            elif token and v != UNK:
+                self.gain[s, v] = dict(white_more=token.isspace(), white_less=not token.isspace(), letters=set(token) <= set(args.letters))[name]
         best = torch.zeros(S)
-        for _ in range(R):
-            go = self.gain + best[self.then]
-            go[:, EOS] = self.gain[:, EOS]
-            best = go[:, EOS:].clone().index_fill_(1, torch.tensor([UNK - EOS]), 0).amax(1)     # PAD, BOS, UNK are never drawn
+        for _ in range(R):                          # of what can still be earned; PAD, BOS and UNK are never drawn
+            go = self.gain + best[self.then] * (torch.arange(V) != EOS)
+            best = go[:, [EOS, *range(UNK + 1, V)]].amax(1)
         self.maximum = best[0].item()
         if self.maximum == 0:
             sorry(f"no completion of {R} tokens of this vocabulary can earn any --reward {name}")
 
     def __call__(self, ids, left, mask):
         """ids (B, P + R), mask (B, R) of real tokens -> the score of each prefix of the completions, (B, R)."""
-        tokens, gains = ids[:, -mask.size(1):].cpu(), []
-        s = torch.zeros(len(ids), dtype=torch.long)
-        for t in range(mask.size(1)):
-            gains.append(self.gain[s, tokens[:, t]])
-            s = self.then[s, tokens[:, t]]
+        state, gains = torch.zeros(len(ids), dtype=torch.long), []
+        for token in ids[:, -mask.size(1):].cpu().unbind(1):
+            gains.append(self.gain[state, token])
+            state = self.then[state, token]
         return (torch.stack(gains, 1).to(mask.device) * mask).cumsum(1) / self.maximum
 
 
 class Learned:
     """A reward model's score r as a reward: sigmoid(r - mean), mean being the start's, is the probability (in the model's own
     terms, Bradley and Terry's) that a completion beats one of the start."""
-    maximum = 1.0
-
     def __init__(self, model, mean):
         self.model, self.mean = model, mean
 
@@ -300,8 +284,8 @@ class Learned:
         return torch.sigmoid(self.model.value(self.model(ids, left))[:, -mask.size(1):] - self.mean)
 
 # ---- the idea: a text is a trajectory, a token an action ----------------------------------------------------------------------
-# every tensor below is (B, R): R columns of completion, the same for all rows because prompts are padded on the left; mask is
-# 1 up to and including EOS, and 0 after it
+# tensors are (B, R): R columns of completion, the same for all rows because prompts are padded on the left. mask is 1 up to and
+# including EOS, and 0 after it. If what is sampled and what is replayed agree, the rest is a few short formulas
 
 def policy_logp(logits, temperature=1.0, epsilon=0.0):
     """logits (..., V) -> log-probabilities of the policy that acts: softmax at a temperature, mixed with a share epsilon of
@@ -310,14 +294,13 @@ def policy_logp(logits, temperature=1.0, epsilon=0.0):
     never[[PAD, BOS, UNK]] = -1e9                   # not -inf: p log p must be 0, not NaN
     logp = ((logits if temperature == 1 else logits / temperature) + never).log_softmax(-1)
     if epsilon:
-        logp = torch.logaddexp(logp + math.log1p(-epsilon) if epsilon < 1 else logp - 1e9, math.log(epsilon / (len(never) - 3)) + never)
+        logp = torch.logaddexp(logp + (math.log1p(-epsilon) if epsilon < 1 else -1e9), math.log(epsilon / (len(never) - 3)) + never)
     return logp
 
 
 def completion_mask(tokens):
     """tokens (B, R) -> bool (B, R): True for all tokens up to the first EOS and for it, False after."""
-    ended = (tokens == EOS).cumsum(1)
-    return ended - (tokens == EOS).long() == 0
+    return (tokens == EOS).cumsum(1) - (tokens == EOS).long() == 0
 
 
 @torch.no_grad()
@@ -327,8 +310,8 @@ def rollout(model, prompts, left, R, temperature=1.0, epsilon=0.0):
     N, cache, new, tokens, logps = model.n_predict, [{} for _ in model.blocks], prompts, [], []
     for _ in range(0, R, N):
         logp = policy_logp(model.predict(model(new, left, cache)[:, -1:])[:, 0], temperature, epsilon)     # (B, N, V)
-        up_to = logp.exp().cumsum(2)                # draw by inverting the distribution: ten times faster than torch.multinomial
-        new = (up_to < torch.rand_like(up_to[:, :, :1]) * up_to[:, :, -1:]).sum(2)
+        up_to = logp.exp().cumsum(2)                # draw by inverting the distribution: much faster here than torch.multinomial
+        new = (up_to < torch.rand_like(up_to[:, :, :1]) * up_to[:, :, -1:]).sum(2)                          # (B, N)
         tokens.append(new)
         logps.append(logp.gather(2, new[:, :, None])[:, :, 0])
     tokens, logps = torch.cat(tokens, 1)[:, :R], torch.cat(logps, 1)[:, :R]
@@ -342,8 +325,7 @@ def replay(model, ids, left, R, temperature=1.0, epsilon=0.0):
     P, N = ids.size(1) - R, model.n_predict
     x = model(ids[:, :-1], left)[:, P - 1::N]                                                   # (B, R / N, C)
     logp = policy_logp(model.predict(x).flatten(1, 2)[:, :R], temperature, epsilon)             # (B, R, V)
-    value = model.value(x).repeat_interleave(N, 1)[:, :R]
-    return logp.gather(2, ids[:, P:, None])[:, :, 0], logp, value
+    return logp.gather(2, ids[:, P:, None])[:, :, 0], logp, model.value(x).repeat_interleave(N, 1)[:, :R]
 
 
 def final(x, mask):
@@ -356,8 +338,7 @@ def gae(rewards, values, mask, gamma, lam):
     gamma V_t+1 - V_t, and V = 0 after the end, which is terminal. -> advantages, returns A + V."""
     adv, last, after = torch.zeros_like(values), 0.0, 0.0
     for t in reversed(range(values.size(1))):
-        delta = rewards[:, t] + gamma * after - values[:, t]
-        last = (delta + gamma * lam * last) * mask[:, t]
+        last = (rewards[:, t] + gamma * after - values[:, t] + gamma * lam * last) * mask[:, t]
         adv[:, t], after = last, values[:, t] * mask[:, t]
     return adv, (adv + values) * mask
 
@@ -386,15 +367,14 @@ def policy_loss(logp, old, adv, clip):
 
 
 def value_loss(value, old, returns, clip):
-    """Squared error, the worse of the value and of the value kept within clip of its old self (as in OpenAI's PPO2)."""
+    """Squared error, the worse of the value's and of the value's kept within clip of its old self (OpenAI's PPO2)."""
     return 0.5 * torch.maximum((value - returns)**2, (old + (value - old).clamp(-clip, clip) - returns)**2)
 
 
 def kl_k3(logp, ref):
     """Schulman's k3: r - 1 - log r with r = ref / p, for tokens drawn from p: never negative, and right on average for
     KL(p || ref). As a loss its gradient is that of KL(ref || p): it pulls the same way, a little more evenly."""
-    d = ref - logp
-    return d.exp() - 1 - d
+    return (ref - logp).exp() - 1 - (ref - logp)
 
 
 def average(x, mask, algo):
@@ -413,11 +393,9 @@ def ranking_loss(chosen, rejected, margin):
 
 def restore(file, **parts):
     """Load modules and optimizers from a checkpoint if it is there. -> the rest of its state, {} without one."""
-    if not file.exists():
-        return {}
-    state = common.load_checkpoint(file)
+    state = common.load_checkpoint(file) if file.exists() else {}
     try:
-        for name, part in parts.items():
+        for name, part in parts.items() if file.exists() else ():
             part.load_state_dict(state.pop(name))
     except (RuntimeError, KeyError, TypeError, ValueError, AttributeError):
         sorry(f"{file} holds something of another shape than the flags ask for; remove it to start anew")
@@ -434,42 +412,40 @@ def descend(loss, optimizer, where):
     optimizer.step()
 
 
-def adamw(weights, lr):
-    return torch.optim.AdamW(weights, lr=lr, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0, fused=True)     # Llama 2's, without decay
+def adamw(weights, lr):                             # betas: Llama 2's. its eps of 1e-5 is more than many a gradient here
+    return torch.optim.AdamW(weights, lr=lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, fused=True)
 
 
 def next_token_loss(model, rows, device):
     """Lists of ids -> cross-entropy of each token's successors, all N of them."""
-    ids, left = pad(rows, max(map(len, rows)) + model.n_predict - 1, "right")
-    targets = ids.to(device)[:, 1:].unfold(1, model.n_predict, 1)                           # (B, T, N)
-    logits = model.predict(model(ids.to(device)[:, :targets.size(1)], torch.zeros_like(left, device=device)))
+    ids, left = (x.to(device) for x in pad(rows, max(map(len, rows)) + model.n_predict - 1, "right"))
+    targets = ids[:, 1:].unfold(1, model.n_predict, 1)                                      # (B, T, N)
+    logits = model.predict(model(ids[:, :targets.size(1)], torch.zeros_like(left)))         # (B, T, N, V)
     return F.cross_entropy(logits.flatten(0, 2), targets.flatten(), ignore_index=PAD)
 
 
 def pretrain(corpus, args, file):
     """Next-token prediction on the corpus, going on from file if it is there. -> model, held-out loss in nats per token."""
     T = args.prompt_len + args.max_new
-    cut = lambda lines: [line[i:i + T + 1] for line in lines for i in range(0, len(line) - 1, T)]
-    train, held = cut(corpus.train), cut(corpus.held)
+    train, held = ([line[i:i + T + 1] for line in lines for i in range(0, len(line) - 1, T)] for lines in (corpus.train, corpus.held))
     torch.manual_seed(args.seed)
     model = Transformer(len(corpus.tok.tokens), T, args).to(args.device)
     optimizer = adamw(model.parameters(), args.lr)
-    state = restore(file, model=model, optimizer=optimizer)
-    step, seconds = state.get("step", 0), state.get("seconds", 0.0)
-    began, bar = time.time() - seconds, tqdm(total=args.steps, initial=step, desc="pretraining", unit="step", disable=None)
-    while step < args.steps:
+    state = dict(dict(step=0, seconds=0.0), **restore(file, model=model, optimizer=optimizer))
+    began, bar = time.time() - state["seconds"], tqdm(total=args.steps, initial=state["step"], desc="pretraining", unit="step", disable=None)
+    for step in range(state["step"], args.steps):
         optimizer.param_groups[0]["lr"] = args.lr * min((step + 1) / 50, 0.55 + 0.45 * math.cos(math.pi * step / args.steps))
         pick = np.random.default_rng((args.seed, 0, step)).integers(0, len(train), args.batch_size)
         descend(next_token_loss(model, [train[i] for i in pick], args.device), optimizer, f"step {step} of pretraining")
-        step += 1
         bar.update()
-        if step % 100 == 0 or step == args.steps:
-            seconds = time.time() - began
-            common.save_checkpoint(file, dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step, seconds=seconds))
+        if (step + 1) % 100 == 0 or step + 1 == args.steps:
+            state = dict(step=step + 1, seconds=time.time() - began)
+            common.save_checkpoint(file, dict(state, model=model.state_dict(), optimizer=optimizer.state_dict()))
     bar.close()
     with torch.no_grad():
         loss = next_token_loss(model, held, args.device).item()
-    print(f"pretrained: {sum(p.numel() for p in model.parameters()):,} parameters, {step} steps, {seconds:.0f} s, held-out loss {loss:.3f} nats per token")
+    print(f"pretrained: {sum(p.numel() for p in model.parameters()):,} parameters, {args.steps} steps, {state['seconds']:.0f} s, held-out loss {loss:.3f} "
+          "nats per token")
     return model, loss
 
 
@@ -494,42 +470,41 @@ def improve(name, algo, policy, start, reward, lines, args, file, tails=False, p
         score = final(prefix, mask)                                 # (B,)
         with torch.no_grad():
             ref = replay(start, ids, left, R)[0]
-        if algo == "ppo":
-            with torch.no_grad():
-                old_value = replay(critic, ids, left, R)[2]
-            earned = torch.diff(prefix, dim=1, prepend=torch.zeros_like(prefix[:, :1])) * mask      # each token what it adds,
-            if not args.per_step:                                                                   # or the last one all of it
-                earned = torch.zeros_like(prefix).scatter(1, mask.sum(1, keepdim=True) - 1, score[:, None])
-            earned = args.reward_scale * (whiten(earned, mask) if args.normalize == "rewards" else earned)
-            adv, returns = gae(earned, old_value, mask, args.gamma, args.lam)
-            adv = whiten(adv, mask) if args.normalize == "advantages" else adv
-        elif algo == "rejection":                                   # the winners of all rounds, the best 256 of them
+        if algo == "rejection":                                     # the best 64 winners of all rounds; of equals the newest
             pool.update({tuple(ids[i].tolist()): (score[i].item(), left[i].item())
                          for i in score.view(-1, G).argmax(1) + torch.arange(0, B, G, device=args.device)})
-            pool = dict(sorted(pool.items(), key=lambda x: -x[1][0])[:256])
-        else:
-            adv = group_advantages(args.reward_scale * score, G, algo)[:, None].expand(-1, R)
+            pool = dict(sorted(pool.items(), key=lambda x: x[1][0])[-64:])
         for epoch in range(args.epochs):
             if algo == "rejection":
-                winners = [list(pool)[i] for i in rng.integers(0, len(pool), B)]
+                winners = [list(pool)[-1 - i] for i in (len(pool) * rng.random(B)**2).astype(int)]      # the better, the oftener
                 won, won_left = (torch.tensor(x, device=args.device) for x in (winners, [pool[w][1] for w in winners]))
                 loss = average(-replay(policy, won, won_left, R)[0], completion_mask(won[:, -R:]), algo)
-            else:
-                logp, every, value = replay(policy, ids, left, R, *heat)
-                if epoch == 0:                                      # nothing has moved yet: whatever is not 1 here is a bug
-                    error = ((logp - old).exp() - 1).abs()[mask].max().item()
-                loss = average(policy_loss(logp, old, adv, args.clip) + args.kl * kl_k3(logp, ref), mask, algo)
-                if args.entropy:
-                    loss = loss + args.entropy * average((every.exp() * every).sum(2), mask, algo)
+                descend(loss, optimizer, f"round {step} of {name}")
+                continue
+            logp, every, value = replay(policy, ids, left, R, *heat)
+            value = value if critic is policy or algo != "ppo" else replay(critic, ids, left, R)[2]
+            if epoch == 0:                                          # nothing has moved yet: a ratio that is not 1 here is a bug
+                error = ((logp - old).exp() - 1).abs()[mask].max().item()
                 if algo == "ppo":
-                    value = value if critic is policy else replay(critic, ids, left, R)[2]
-                    loss = loss + args.vf * average(value_loss(value, old_value, returns, args.clip), mask, algo)
+                    old_value = value.detach()                      # earned: by each token what it adds, or all by the last one
+                    earned = torch.diff(prefix, dim=1, prepend=0 * prefix[:, :1]) * mask if args.per_step else \
+                        torch.zeros_like(prefix).scatter(1, mask.sum(1, keepdim=True) - 1, score[:, None])
+                    earned = args.reward_scale * (whiten(earned, mask) if args.normalize == "rewards" else earned)
+                    adv, returns = gae(earned, old_value, mask, args.gamma, args.lam)
+                    adv = whiten(adv, mask) if args.normalize == "advantages" else adv
+                else:
+                    adv = group_advantages(args.reward_scale * score, G, algo)[:, None].expand(-1, R)
+            loss = average(policy_loss(logp, old, adv, args.clip) + args.kl * kl_k3(logp, ref), mask, algo)
+            if args.entropy:
+                loss = loss + args.entropy * average((every.exp() * every).sum(2), mask, algo)
+            if algo == "ppo":
+                loss = loss + args.vf * average(value_loss(value, old_value, returns, args.clip), mask, algo)
             descend(loss, optimizer, f"round {step} of {name}")
-        shown = step % BEAM_EVERY == 0 or step == args.iterations - 1
-        kl = (kl_k3(old, ref) * mask).sum(1).mean().item()
-        curve.append((step, score.mean().item(), kl, distinct(ids[:, -R:]), error, beam_reward(policy, reward, lines, args, tails) if shown else math.nan))
+        look = step % LOOK_EVERY == 0 or step + 1 == args.iterations
+        curve.append((step, score.mean().item(), (kl_k3(old, ref) * mask).sum(1).mean().item(), distinct(ids[:, -R:]), error,
+                      evaluate(policy, start, reward, lines, args, tails)[0]["beam"] if look else math.nan))
         bar.update()
-        bar.set_postfix(reward=f"{curve[-1][1]:.3f}", kl=f"{kl:.1f}")
+        bar.set_postfix(reward=f"{curve[-1][1]:.3f}", kl=f"{curve[-1][2]:.1f}")
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == args.iterations:
             state = dict(step=step + 1, curve=curve, pool=pool, seconds=time.time() - began)
             common.save_checkpoint(file, dict(state, policy=policy.state_dict(), critic=critic.state_dict(), optimizer=optimizer.state_dict()))
@@ -539,13 +514,13 @@ def improve(name, algo, policy, start, reward, lines, args, file, tails=False, p
 # ---- evaluation ----------------------------------------------------------------------------------------------------------------
 
 def distinct(tokens):
-    """tokens (B, R) -> the share of completions that are not said before by another row."""
+    """tokens (B, R) -> how many different completions there are, as a share of all."""
     return len({tuple(t) for t in tokens.tolist()}) / len(tokens)
 
 
 @torch.no_grad()
 def beam(policy, prompt, left, R, width):
-    """The completion of prompt (P,) that common.beam_search finds, by the sum of its log-probabilities. -> ids (1, P + R)"""
+    """The completion of prompt (P,) that common.beam_search finds, by the sum of its log-probabilities. -> ids (P + R,)"""
     P, N = len(prompt), policy.n_predict
 
     def step(ids, parent):                          # from the whole prefix each time: short enough to go without a cache
@@ -553,26 +528,19 @@ def beam(policy, prompt, left, R, width):
         x = policy(ids.to(left.device), left.expand(len(ids)))[:, P - 1 + n // N * N, None]
         return policy_logp(policy.predict(x)[:, 0, n % N])
     ids, _ = common.beam_search(step, prompt.tolist(), width, R, eos=[EOS], length_penalty=0.0)
-    return torch.tensor([ids + [PAD] * (P + R - len(ids))], device=left.device)
-
-
-def beam_reward(policy, reward, lines, args, tails=False):
-    """Mean reward of beam search over four fixed prompts."""
-    prompts, left, _ = draw_prompts(lines, 4, 1, args, np.random.default_rng(2), tails)
-    ids = torch.cat([beam(policy, p, n, args.max_new, args.beam) for p, n in zip(prompts, left)])
-    mask = completion_mask(ids[:, -args.max_new:])
-    return final(reward(ids, left, mask), mask).mean().item()
+    return torch.tensor(ids + [PAD] * (P + R - len(ids)), device=left.device)
 
 
 @torch.no_grad()
 def evaluate(policy, start, reward, lines, args, tails=False):
-    """8 samples for each of 32 prompts, temperature 1, no noise. -> metrics, ids (256, P + R)"""
+    """8 samples for each of 32 fixed prompts, temperature 1, no noise; beam search for the first 4. -> metrics, ids (256, P + R)"""
     torch.manual_seed(args.seed)
-    prompts, left, _ = draw_prompts(lines, 32, 8, args, np.random.default_rng(2), tails)
-    ids, logp, mask = rollout(policy, prompts, left, args.max_new)
-    ref = replay(start, ids, left, args.max_new)[0]
-    return dict(reward=final(reward(ids, left, mask), mask).mean().item(), beam=beam_reward(policy, reward, lines, args, tails),
-                kl=(kl_k3(logp, ref) * mask).sum(1).mean().item(), surprise=-average(ref, mask, "ppo").item(), distinct=distinct(ids[:, -args.max_new:])), ids
+    R, (prompts, left, _) = args.max_new, draw_prompts(lines, 32, 8, args, np.random.default_rng(2), tails)
+    ids, logp, mask = rollout(policy, prompts, left, R)
+    ref, beams = replay(start, ids, left, R)[0], torch.stack([beam(policy, prompts[i], left[i], R, args.beam) for i in range(0, 32, 8)])
+    found = completion_mask(beams[:, -R:])
+    return dict(reward=final(reward(ids, left, mask), mask).mean().item(), beam=final(reward(beams, left[:32:8], found), found).mean().item(),
+                kl=(kl_k3(logp, ref) * mask).sum(1).mean().item(), surprise=-average(ref, mask, "ppo").item(), distinct=distinct(ids[:, -R:])), ids
 
 
 def figure(path, panels, xlabel):
@@ -586,7 +554,6 @@ def figure(path, panels, xlabel):
             ax.plot(xs, ys, ".-" if len(xs) < 50 else "-", label=name)
         ax.set(xlabel=xlabel, ylabel=ylabel)
         ax.legend(frameon=False)
-        ax.spines[["top", "right"]].set_visible(False)
     with common.whole_file(path) as part:
         fig.savefig(part, bbox_inches="tight")
     return str(path)
@@ -600,25 +567,25 @@ def judge(tokens, corpus):
 
 @torch.no_grad()
 def ask_judge(policy, corpus, n, args, rng):
-    """Two completions for each of n prompts -> ids (n, 2, P + R), the better first; left (n,); margin (n,): Llama 2's four
+    """Two completions for each of n prompts -> ids (n, 2, P + R), the better first; left (n, 2); margin (n,): Llama 2's four
     strengths of preference as margins 1, 2/3, 1/3, 0 (table 27). Ties are not asked about, so fewer than n come back."""
     prompts, left, _ = draw_prompts(corpus.quotes, n, 2, args, rng, tails=True)
-    ids, _, _ = rollout(policy, prompts, left, args.max_new)
-    score = torch.tensor([judge(row[args.prompt_len:], corpus) for row in ids.tolist()], device=args.device).view(n, 2)
-    gap = (score[:, 0] - score[:, 1]).abs()
-    ids = torch.where((score[:, 0] > score[:, 1])[:, None, None], ids.view(n, 2, -1), ids.view(n, 2, -1).flip(1))
-    return [x[gap > 0] for x in (ids, left.view(n, 2)[:, 0], torch.bucketize(gap, torch.tensor([0.2, 0.4, 0.6], device=args.device)) / 3)]
+    ids = rollout(policy, prompts, left, args.max_new)[0].view(n, 2, -1)
+    score = torch.tensor([[judge(row[args.prompt_len:], corpus) for row in two] for two in ids.tolist()], device=args.device)
+    gap = score[:, 0] - score[:, 1]
+    ids, margin = torch.where(gap[:, None, None] > 0, ids, ids.flip(1)), torch.bucketize(gap.abs(), torch.tensor([0.2, 0.4, 0.6], device=args.device)) / 3
+    return [x[gap != 0] for x in (ids, left.view(n, 2), margin)]
 
 
 def rate(model, ids, left, R):
-    """Reward model's scalar for each completion: ids (..., P + R), left (...) -> (...)"""
-    x = model.value(model(ids.flatten(0, -2), left.flatten()))[:, -R:]
-    return final(x, completion_mask(ids.flatten(0, -2)[:, -R:])).view(left.shape)
+    """A reward model's scalar for each completion, at its last real token: ids (..., P + R), left (...) -> (...)"""
+    flat = ids.flatten(0, -2)
+    return final(model.value(model(flat, left.flatten()))[:, -R:], completion_mask(flat[:, -R:])).view(left.shape)
 
 
 def learn_reward(policy, start, corpus, pairs, args, v):
-    """Ask the judge about the policy, add its answers to pairs, train a copy of start to rank them, one epoch. -> the reward, all
-    pairs, held-out accuracy per strength (nan: no such pair)."""
+    """Ask the judge about the policy, add its answers to pairs, train a copy of start to rank them all, one epoch. -> the reward,
+    all pairs, and its accuracy on 256 new pairs per strength, the clearest first (nan: no such pair)."""
     torch.manual_seed(v)
     R, rng, model = args.max_new, np.random.default_rng((args.seed, 2, v)), copy.deepcopy(start).requires_grad_(True)
     new, held = ask_judge(policy, corpus, args.pairs, args, rng), ask_judge(policy, corpus, 256, args, rng)
@@ -627,19 +594,17 @@ def learn_reward(policy, start, corpus, pairs, args, v):
     for at in range(0, len(order), 32):             # a cosine to a tenth after a warm-up of 3%, as Llama 2's
         optimizer.param_groups[0]["lr"] = 5e-4 * min((at + 1) / (0.03 * len(order)), 0.55 + 0.45 * math.cos(math.pi * at / len(order)))
         ids, left, margin = (x[order[at:at + 32]] for x in pairs)
-        r = rate(model, ids, left[:, None].expand(-1, 2), R)
-        descend(ranking_loss(r[:, 0], r[:, 1], margin).mean(), optimizer, f"pair {at} of the reward model")
+        descend(ranking_loss(*rate(model, ids, left, R).unbind(1), margin).mean(), optimizer, f"pair {at} of the reward model")
     prompts, left, _ = draw_prompts(corpus.quotes, 256, 1, args, rng, tails=True)
     with torch.no_grad():
-        r = rate(model, held[0], held[1][:, None].expand(-1, 2), R)
-        reward = Learned(model, rate(model, rollout(start, prompts, left, R)[0], left, R).mean())
-    right = (r[:, 0] > r[:, 1]).float()
-    return reward, pairs, [right[(held[2] - m).abs() < 0.1].mean().item() for m in (1, 2 / 3, 1 / 3, 0)]
+        right = torch.diff(rate(model, *held[:2], R))[:, 0] < 0
+        mean = rate(model, rollout(start, prompts, left, R)[0], left, R).mean()
+    return Learned(model, mean), pairs, [right[(held[2] * 3).round() == m].float().mean().item() for m in (3, 2, 1, 0)]
 
 
 def rlhf(policy, corpus, args, file):
     """SFT, then RLHF-V1 ... V5: each version asks the judge about the newest policy, trains a reward model on all pairs so far and
-    improves the policy by rejection sampling (V1-V4) or PPO (V5). -> per version its metrics and samples, SFT first."""
+    improves the policy by rejection sampling (V1-V4) or PPO (V5). -> per version, SFT first: metrics, samples, accuracies."""
     R, rng = args.max_new, np.random.default_rng((args.seed, 2))
     optimizer, order = adamw(policy.parameters(), args.lr / 10), np.concatenate([rng.permutation(len(corpus.quotes)) for _ in range(2)])
     for at in range(0, len(order), 32):             # SFT: two epochs, the loss on the answer alone
@@ -647,11 +612,15 @@ def rlhf(policy, corpus, args, file):
         ids = torch.cat([prompts, pad(rests, R, "right")[0].to(args.device)], 1)
         descend(average(-replay(policy, ids, left, R)[0], completion_mask(ids[:, -R:]), "ppo"), optimizer, f"line {at} of SFT")
     start, pool, pairs, versions = copy.deepcopy(policy).requires_grad_(False), {}, None, []
+    args.iterations = math.ceil(args.iterations / 5)
     for v in range(6):
         reward, pairs, accuracy = learn_reward(policy, start, corpus, pairs, args, v)
         if v:
-            algo, file_v = "rejection" if v < 5 else "ppo", file(f"v{v}")
-            pool = improve(f"RLHF-V{v}", algo, policy, start, reward, corpus.quotes, args, file_v, True, pool)["pool"]
+            name, algo, won = f"RLHF-V{v}", "rejection" if v < 5 else "ppo", torch.tensor(list(pool), device=args.device)
+            if pool:                                # the winners of earlier versions, as the newest reward model sees them
+                left = torch.tensor([p[1] for p in pool.values()], device=args.device)
+                pool = dict(zip(pool, zip(final(reward(won, left, m := completion_mask(won[:, -R:])), m).tolist(), left.tolist())))
+            pool = improve(name, algo, policy, start, reward, corpus.quotes, args, file(f"v{v}"), True, pool)["pool"]
         metrics, ids = evaluate(policy, start, reward, corpus.quotes, args, tails=True)
         metrics["judge"] = np.mean([judge(row[-R:], corpus) for row in ids.tolist()])
         versions.append((metrics, ids, accuracy))
@@ -662,13 +631,13 @@ def rlhf(policy, corpus, args, file):
 def main():
     args, began = get_args(), time.time()
     corpus = Corpus(args)
-    tok, P, line = corpus.tok, args.prompt_len, corpus.quotes[0]
+    tok, P = corpus.tok, args.prompt_len
     print(f"device {args.device}, {torch.get_num_threads()} threads, float32\n{len(corpus.train)} lines, {sum(map(len, corpus.train)):,} tokens of "
-          f"{len(tok.tokens)}, such as {'|'.join(tok.tokens[i] for i in line[1:-1])}")
+          f"{len(tok.tokens)}, such as {'|'.join(tok.tokens[i] for i in corpus.quotes[0][1:-1])}")
 
     def file(what, keys=tuple(vars(args))):         # named after all that shaped it: the same flags find it again
         flags = json.dumps({k: getattr(args, k) for k in keys if k not in ("corpus", "smoke")}).encode()
-        return OUT / f"ppo_char_{what}_{hashlib.sha256(b''.join([flags, *(pathlib.Path(c).read_bytes() for c in args.corpus)])).hexdigest()[:8]}.pt"
+        return OUT / f"ppo_char_{what}_{hashlib.sha256(flags + b''.join(pathlib.Path(c).read_bytes() for c in args.corpus)).hexdigest()[:8]}.pt"
     policy, loss = pretrain(corpus, args, file("base", "vocab_size prompt_len max_new n_layer n_head n_embd pos n_predict steps batch_size lr seed".split()))
     start, metrics = copy.deepcopy(policy).requires_grad_(False), dict(pretrain_loss=round(loss, 3))
     if args.algo == "rlhf":
@@ -687,11 +656,12 @@ def main():
         before, old = evaluate(policy, start, reward, lines, args, tails)
         state = improve(args.algo, args.algo, policy, start, reward, lines, args, file(args.algo), tails)
         after, new = evaluate(policy, start, reward, lines, args, tails)
-        n, score, kl, _, error, beamed = zip(*state["curve"])
-        points = zip(*((i, b) for i, b in zip(n, beamed) if not math.isnan(b)))
-        panels = [("reward", {"sampled": (n, score), "beam search": tuple(points)}), ("nats", {"KL to the start": (n, kl)})]
+        n, score, kl, _, error, beams = zip(*state["curve"])
+        points = [(i, b) for i, b in zip(n, beams) if not math.isnan(b)]
+        panels = [("reward", {"sampled": (n, score), "beam search": tuple(zip(*points))}), ("nats", {"KL to the start": (n, kl)})]
         metrics.update(ratio_error=max(error), rl_seconds=round(state["seconds"], 1))
-    for title, ids in (("before", old[::43]), ("after", new[::43]), ("after, by beam search", beam(policy, new[0, :P], (new[0, :P] == PAD).sum()[None], args.max_new, args.beam))):
+    found = beam(policy, new[0, :P], (new[0, :P] == PAD).sum(), args.max_new, args.beam)
+    for title, ids in (("before", old[::43]), ("after", new[::43]), ("after, by beam search", found[None])):
         print(f"\n{title} (prompt|completion):", *(f"{tok.decode(row[:P])}|{tok.decode(row[P:])}" for row in ids.tolist()), sep="\n  ")
     metrics.update(figure=figure(OUT / f"ppo_char_{args.algo}_{args.reward}.png", panels, "version" if args.algo == "rlhf" else "round"),
                    before=round(before["reward"], 3), **{k: round(float(v), 3) for k, v in after.items()})

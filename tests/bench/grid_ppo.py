@@ -1,0 +1,72 @@
+"""ppo_char.py's grid and the claims of the system that it follows, as measured rows: python tests/bench/grid_ppo.py [--part grid|claims|kl] [--seeds N]
+
+Each run is the default command with the flags that its row names; runs of a seed share one pretraining. A run that is done is read from
+out/grid_ppo.jsonl, so a stopped series goes on where it was. Prints markdown tables.
+grid:   {PPO, GRPO, RLOO, rejection sampling} x {pattern, white_more, white_less, letters} x seeds: the share of the attainable maximum
+        that the last policy earns (mean of 256 samples), over seeds: mean, worst, seconds of reinforcement learning, KL, distinct samples
+claims: learned, sinusoidal, rotary positions; 1, 2, 3 tokens at a time; shared and separate critic; reward scale; normalisation; ...
+kl:     the KL weight against reward, KL, distinct samples and surprise (nats per token under the start: how odd the text is to it)
+"""
+import argparse, contextlib, io, json, pathlib, sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
+import numpy as np
+
+import ppo_char as pc
+
+DONE = pathlib.Path("out/grid_ppo.jsonl")
+CLAIMS = {"default (PPO, pattern)": "", "positions sinusoidal": "--pos sinusoidal", "positions rotary": "--pos rotary", "2 tokens at a time": "--n_predict 2",
+          "3 tokens at a time": "--n_predict 3", "critic of its own": "--value separate", "reward x 10": "--reward_scale 10",
+          "reward x 100": "--reward_scale 100", "reward x 100, nothing normalised": "--reward_scale 100 --normalize none",
+          "nothing normalised": "--normalize none", "rewards normalised over the array": "--normalize rewards", "reward per step": "--per_step",
+          "temperature 1.5 to 1": "--temperature 1.5", "epsilon 0.2 to 0": "--epsilon 0.2", "clip 0.05": "--clip 0.05", "clip 0.5": "--clip 0.5",
+          "lambda 1, gamma 0.99": "--lam 1 --gamma 0.99", "Dr. GRPO": "--algo dr_grpo"}
+
+
+def one(flags):
+    """The metrics of one run of the command."""
+    key = " ".join(flags.split())
+    for line in DONE.read_text().splitlines() if DONE.exists() else ():
+        row = json.loads(line)
+        if row["flags"] == key:
+            return row["metrics"]
+    sys.argv = ["ppo_char.py", *key.split()]
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        pc.main()
+    metrics = json.loads(pathlib.Path("out/results.jsonl").read_text().splitlines()[-1])["metrics"]
+    with open(DONE, "a") as f:
+        f.write(json.dumps(dict(flags=key, metrics=metrics)) + "\n")
+    return metrics
+
+
+def table(rows, seeds, columns):
+    """rows: {label: flags} -> a line for each over the seeds: the mean of each column; of the reward also the worst."""
+    print("| run | reward, mean | worst | " + " | ".join(columns) + " |\n|" + "---|" * (3 + len(columns)))
+    for label, flags in rows.items():
+        m = [one(f"{flags} --seed {s}") for s in range(seeds)]
+        reward = [x["reward"] for x in m]
+        print(f"| {label} | {np.mean(reward):.3f} | {min(reward):.3f} | " + " | ".join(f"{np.mean([x[c] for x in m]):.3g}" for c in columns) + " |", flush=True)
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--part", default="all", choices=["all", "grid", "claims", "kl"])
+    p.add_argument("--seeds", type=int, default=5)
+    args = p.parse_args()
+    columns = ["beam", "kl", "distinct", "surprise", "rl_seconds"]
+    if args.part in ("all", "grid"):
+        runs = {f"{a}, {r}": f"--algo {a} --reward {r}" for r in ("pattern", "white_more", "white_less", "letters") for a in ("ppo", "grpo", "rloo", "rejection")}
+        for seed in range(args.seeds):              # all of a seed first: a series that was stopped has whole seeds
+            for flags in runs.values():
+                one(f"{flags} --seed {seed}")
+        table(runs, args.seeds, columns)
+        got = [one(f"{flags} --seed {s}")["reward"] for flags in runs.values() for s in range(args.seeds)]
+        print(f"\n{sum(g >= 0.9 for g in got)} of {len(got)} runs reach 0.9 of the attainable maximum; the worst has {min(got):.3f}\n")
+    if args.part in ("all", "claims"):
+        table(CLAIMS, min(args.seeds, 2), ["pretrain_loss", *columns, "ratio_error"])
+    if args.part in ("all", "kl"):
+        table({f"{r}, --kl {k}": f"--reward {r} --kl {k}" for r in ("length", "white_less", "letters") for k in ("0.002", "0.02", "0.1", "0.3")}, 1, columns)
+
+
+if __name__ == "__main__":
+    main()

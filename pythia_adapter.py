@@ -141,7 +141,7 @@ class Config:
         self.hs = self.n_embd // self.n_head
         self.rot = int(self.hs * (either.get("partial_rotary_factor") or either.get("rotary_pct") or 0.25))
         kind = rope.get("rope_type") or (c.get("rope_scaling") or {}).get("type") or "default"
-        if c.get("hidden_act", "gelu") != "gelu" or kind != "default" or self.n_embd % self.n_head:
+        if c.get("hidden_act", "gelu") != "gelu" or kind != "default" or self.n_embd % self.n_head or self.rot % 2:
             raise ValueError(f"{c.get('hidden_act')} is not gelu, rope {kind} not default, or {self.n_head} heads do not fit {self.n_embd}")
 
 
@@ -158,11 +158,11 @@ class Block(nn.Module):
     def attend(self, x, mask, rope, rows):
         (B, T, C), nh, hs = x.shape, self.cfg.n_head, self.cfg.hs
         # the trap of this family: rows of the matrix are head by head (q, k, v of head 0, q, k, v of head 1, ...)
-        q, k, v = self.attention.query_key_value(x).view(B, T, nh, 3, hs).permute(3, 0, 2, 1, 4)   # (B, nh, T, hs) each
-        q, k = rotate(q, *rope)[:, :, rows], rotate(k, *rope)       # (B, nh, Q, hs), (B, nh, T, hs)
-        att = q @ k.transpose(2, 3) * hs**-0.5                      # (B, nh, Q, T)
-        att = att.masked_fill(~mask[:, :, rows], -1e4).softmax(3)   # not -inf: a padded row sees nothing, and would be NaN
-        return self.attention.dense((att @ v).transpose(1, 2).reshape(B, -1, C))        # (B, Q, C)
+        qk, v = self.attention.query_key_value(x).view(B, T, nh, 3, hs).permute(3, 0, 2, 1, 4).split([2, 1])
+        q, k = rotate(qk, *rope)                                    # (B, nh, T, hs) each
+        att = q[:, :, rows] @ k.transpose(2, 3) * hs**-0.5          # (B, nh, Q, T)
+        att = (att + mask[:, :, rows]).softmax(3)
+        return self.attention.dense((att @ v[0]).transpose(1, 2).reshape(B, -1, C))     # (B, Q, C)
 
     def forward(self, x, mask, rope, rows):
         y = self.attend(self.input_layernorm(x), mask, rope, rows)
@@ -172,10 +172,10 @@ class Block(nn.Module):
 
 
 def rotate(x, cos, sin):
-    """Rotary position (Su et al. 2021, arXiv 2104.09864) on the first dimensions of x (B, nh, T, hs): i turns with i + rot/2."""
-    rot = cos.size(1)
-    a, b = x[..., :rot // 2], x[..., rot // 2:rot]
-    return torch.cat([x[..., :rot] * cos + torch.cat([-b, a], -1) * sin, x[..., rot:]], -1)
+    """Rotary position (Su et al. 2021, arXiv 2104.09864) on the first dimensions of x (..., T, hs): i turns with i + rot/2."""
+    half = cos.size(1)
+    a, b, rest = x.split([half, half, x.size(-1) - 2 * half], -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], -1)
 
 
 class GPTNeoX(nn.Module):
@@ -189,8 +189,9 @@ class GPTNeoX(nn.Module):
         """x (B, T, C): embeddings; mask (B or 1, 1, T, T): who sees whom; rows: the tokens that are asked for -> (B, Q, C)."""
         cfg, T = self.cfg, x.size(1)
         freq = cfg.theta**-(torch.arange(0, cfg.rot, 2, device=x.device) / cfg.rot)
-        angle = torch.outer(torch.arange(T, device=x.device), freq).repeat(1, 2)        # (T, rot)
+        angle = torch.outer(torch.arange(T, device=x.device), freq)                     # (T, rot/2)
         rope = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+        mask = -1e4 * (~mask).to(x.dtype)                           # not -inf: a padded row sees nothing, and would be NaN
         for block in self.layers[:-1]:
             x = block(x, mask, rope, slice(None))
         # of the last block nothing else is read: two thirds of its work fall away
@@ -444,8 +445,7 @@ def figure(rows, path):
     for i, (name, _, mean, std) in enumerate(rows):
         ax.bar(x - 0.4 + (i + 0.5) * width, mean, width, yerr=std, capsize=2, label=name)
     ax.hlines(asked, x - 0.45, x + 0.45, color="0.2", lw=1, ls="--", label="asked for")
-    ax.set(xlabel="return asked for", ylabel="return reached, mean and spread of the episodes")
-    ax.set_xticks(x, [f"{a:.0f}" for a in asked])
+    ax.set(xlabel="return asked for", ylabel="return reached, mean and spread", xticks=x, xticklabels=[f"{a:.0f}" for a in asked])
     ax.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncol=3)
     ax.spines[["top", "right"]].set_visible(False)
     with common.whole_file(path) as part:

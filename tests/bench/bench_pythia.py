@@ -1,9 +1,9 @@
 """The adapter's training step beside the same adapter on transformers' GPTNeoXModel: python tests/bench/bench_pythia.py
 
 Same weights, tokens, dtype, optimizer and clipping; the trunk is frozen in both. Each is run in turns, five times: medians and the
-spread of the ratio. Memory: what a step adds to a process's peak (VmHWM) or to the GPU's, each in a process of its own.
+spread of the ratio. Memory: what a step keeps for its backward pass (on a GPU: what it adds to the peak), weights not counted.
 """
-import os, pathlib, subprocess, sys, time
+import pathlib, sys, time
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 import numpy as np
@@ -51,31 +51,30 @@ def pair(shape, device, which=("ours", "transformers")):
     return {name: (trunk if name == "ours" else Peer(trunk).to(device), adapter) for name in which}
 
 
-def memory(shape, K, B, which):
-    """Run in a process of its own: the peak that training steps reach, above what model and adapter take, in MB."""
-    device = pa.common.pick_device()
-    (model, adapter), = pair(shape, device, [which]).values()
-    step = stepper(model, adapter, K, B, device)
+def memory(step, trunk, device):
+    """MB that a step keeps for its backward pass, weights not counted; on a GPU: what it adds to the peak."""
     if device == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-    else:
-        import gc
-        gc.collect()
-        pathlib.Path("/proc/self/clear_refs").write_text("5")        # VmHWM starts again from what is held now
-        peak = lambda: int(next(x for x in open("/proc/self/status") if x.startswith("VmHWM")).split()[1]) / 1024
-        before = peak()
-    for _ in range(3):
         step()
-    print((torch.cuda.max_memory_allocated() - before) / 2**20 if device == "cuda" else peak() - before)
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    weights, kept = {p.untyped_storage().data_ptr() for p in trunk.parameters()}, {}
+
+    def keep(x):
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        step()
+    return sum(n for at, n in kept.items() if at not in weights) / 2**20
 
 
 def main():
     device = pa.common.pick_device()
-    for shape, K, B in (("pythia-70m", 2, 64), ("pythia-70m", 20, 8), ("pythia-410m", 2, 16)):
-        steps = {name: stepper(*x, K, B, device) for name, x in pair(shape, device).items()}
+    for shape, K, B in (("pythia-70m", 2, 32), ("pythia-70m", 20, 8), ("pythia-410m", 2, 32)):
+        both = pair(shape, device)
+        steps = {name: stepper(*x, K, B, device) for name, x in both.items()}
         losses = {name: [step() for _ in range(2)][0] for name, step in steps.items()}
-        n, speeds = max(1, int(4 / (time_of(steps["ours"]) * 2))), {name: [] for name in steps}
+        n, speeds = max(1, int(2 / time_of(steps["ours"]))), {name: [] for name in steps}      # two seconds a turn
         for _ in range(5):
             for name, step in steps.items():
                 began = time.perf_counter()
@@ -83,11 +82,10 @@ def main():
                     step()
                 speeds[name].append(n / (time.perf_counter() - began))
         ratio = np.array(speeds["ours"]) / np.array(speeds["transformers"])
-        used = {name: float(subprocess.run([sys.executable, __file__, shape, str(K), str(B), name], capture_output=True, text=True).stdout.split()[-1])
-                for name in steps}
+        used = {name: memory(step, both[name][0], device) for name, step in steps.items()}
         print(f"{shape}, K {K}, batch {B}, {pa.trunk_dtype(pa.get_args([]), device, False)} on {device}: "
               f"{np.median(speeds['ours']):.2f} and {np.median(speeds['transformers']):.2f} steps/s, {np.median(ratio):.2f}x "
-              f"({ratio.min():.2f}-{ratio.max():.2f}; asked 1.2x); {used['ours']:.0f} and {used['transformers']:.0f} MB; first losses {losses}", flush=True)
+              f"({ratio.min():.2f}-{ratio.max():.2f}; asked 1.2x); {used['ours']:.1f} and {used['transformers']:.1f} MB kept; first losses {losses}", flush=True)
 
 
 def time_of(step):
@@ -97,4 +95,4 @@ def time_of(step):
 
 
 if __name__ == "__main__":
-    memory(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]) if len(sys.argv) > 1 else main()
+    main()

@@ -47,8 +47,8 @@ def get_args(argv=None):
     p.flag("n_head", 4, "attention heads")
     p.flag("n_embd", 128, "width of a token")
     # training
-    p.flag("steps", 1000, "gradient steps")
-    p.flag("small", 0.7, "share of the steps on small dense mazes (9-12 x 14-22, 3 bars), which are cheap and full of bounces")
+    p.flag("steps", 1400, "gradient steps")
+    p.flag("small", 0.6, "share of the steps on small dense mazes alone (9-12 x 14-22, 3 bars), cheap and full of bounces; then every second")
     p.flag("mazes", 8, "mazes per step and process")
     p.flag("balls", 6, "games per maze: they share its memory")
     p.flag("lr", 2e-3, "AdamW's peak learning rate")
@@ -548,20 +548,14 @@ def train(args, quotes, file, device, kind=Bouncer):
     torch.manual_seed(args.seed)
     model = kind(args.n_layer, args.n_head, args.n_embd).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=args.weight_decay, fused=True)
-    step, seconds, losses = 0, 0.0, []
-    if file.exists():
-        state = common.load_checkpoint(file)
-        try:
-            model.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
-            step, seconds = state["step"], state["seconds"]
-        except (RuntimeError, KeyError, TypeError, ValueError, AttributeError):
-            sorry(f"{file} holds a model of another shape than the flags ask for; remove it to train anew")
+    state = common.resume(file, model=model, optimizer=optimizer)
+    step, seconds, losses = state.get("step", 0), state.get("seconds", 0.0), []
     bar = tqdm(total=args.steps, initial=step, desc="training", unit="step", disable=rank > 0 or None)
     began = time.time() - seconds
     while step < args.steps:
         rng = np.random.default_rng((args.seed, 1, step, rank))         # a batch depends on this alone: a resumed run sees the same
-        small = step < args.small * args.steps
+        # full sizes come late, and never alone: 300 steps of them alone unlearned the small ones (first move right in 70%)
+        small = step < args.small * args.steps or step % 2
         size = dict(height=[9, 12], width=[14, 22], bars=3.0) if small else dict(height=args.height, width=args.width, bars=args.bars)
         g = make_games(rng, args.mazes, args.balls, quotes, noise_texts=args.noise_texts, **size)
         for group in optimizer.param_groups:

@@ -94,6 +94,19 @@ def load_checkpoint(path):
         sorry(f"{path} is not a checkpoint that can be read ({type(e).__name__}); remove it to start anew")
 
 
+def resume(path, **parts):
+    """Load a checkpoint into parts (model=, optimizer=), by their names in it -> what else it holds; {} if there is no such file."""
+    if not pathlib.Path(path).exists():
+        return {}
+    state = load_checkpoint(path)
+    try:
+        for name, part in parts.items():
+            part.load_state_dict(state.pop(name))
+    except (RuntimeError, KeyError, TypeError, ValueError, AttributeError):
+        sorry(f"{path} holds a model of another shape than the flags ask for; remove it to train anew")
+    return state
+
+
 def load_arrays(path):
     """An .npz as a dict of arrays; a missing or broken one gets a sentence."""
     try:

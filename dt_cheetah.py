@@ -346,6 +346,7 @@ def collect(args, path):
     common.write_episodes(path, obs, act, rew)
     shutil.rmtree(folder)
 
+
 def find_dataset(args):
     """--dataset -> Episodes: the ladder (collected if need be), a known name (downloaded if need be) or a file. Says what it is."""
     name, folder = args.dataset, OUT / "data"
@@ -491,15 +492,8 @@ def train(args, condition, data, file, device):
     torch.manual_seed(args.seed)
     model = DecisionTransformer(args.n_layer, args.n_head, args.n_embd, args.dropout, condition).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
-    step, seconds, losses = 0, 0.0, []
-    if file.exists():
-        state = common.load_checkpoint(file)
-        try:
-            model.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
-            step, seconds = state["step"], state["seconds"]
-        except (RuntimeError, KeyError, TypeError, ValueError, AttributeError):
-            sorry(f"{file} holds a model of another shape than the flags ask for; remove it to train anew")
+    state = common.resume(file, model=model, optimizer=optimizer)
+    step, seconds, losses = state.get("step", 0), state.get("seconds", 0.0), []
     if step == args.steps:
         return model.eval(), seconds
     d = data()

@@ -426,7 +426,7 @@ def test_two_processes_share_their_gradients(alone):
         loss = 0
         for rank in (0, 1):
             rng = np.random.default_rng((0, 1, step, rank))
-            size = ([9, 12], [14, 22], 3.0) if step < args.small * 3 else (args.height, args.width, args.bars)
+            size = ([9, 12], [14, 22], 3.0) if step < args.small * 3 or step % 2 else (args.height, args.width, args.bars)
             loss = loss + b.loss_of(model, b.make_games(rng, args.mazes, args.balls, quotes, *size, args.noise_texts), "cpu", None, args.decoys, rng) / 2
         opt.param_groups[0]["lr"] = args.lr * min((step + 1) / args.warmup, 0.55 + 0.45 * np.cos(np.pi * step / 3))
         opt.zero_grad()

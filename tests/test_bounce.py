@@ -435,3 +435,41 @@ def test_two_processes_share_their_gradients(alone):
         opt.step()
     for k, v in weights(alone.folder).items():
         torch.testing.assert_close(v, model.state_dict()[k], atol=2e-5, rtol=1e-3)
+
+
+# ---- the comparison's other layouts ------------------------------------------------------------------------------------------------
+
+sys.path.insert(0, str(ROOT / "tests/bench"))
+import compare_bounce as cb
+
+
+def test_plain_moves_say_the_path():
+    g, model = games(2), cb.PenPlain(2, 2, 64)
+    for m, i, R, C, text in b.read_path(g, model.tokens(g)[0][..., 1:], model.shift):
+        n = len(g["texts"][m])
+        assert text == g["texts"][m] and np.array_equal(R, g["R"][m, i, :n]) and np.array_equal(C, g["C"][m, i, :n])
+
+
+@pytest.mark.parametrize("kind", [cb.Raster2D, cb.Raster1D])
+def test_raster_tokens_say_the_grid(kind):
+    g, model = games(3), kind(2, 2, 64)
+    ids, pos = model.tokens(g)
+    sign = {b.CHAR + x: chr(32 + x) for x in range(95)} | {b.WALL + f: b.GLYPHS[f] for f in (1, 2, 3)} | {b.NEWLINE: "\n"}
+    for m, text in enumerate(g["texts"]):
+        field = g["fields"][m, :g["H"][m], :g["W"][m]]
+        for i in range(3):
+            l = field.size + len(field)
+            want = b.drawn(field, g["R"][m, i], g["C"][m, i], text)
+            assert "".join(sign[x] for x in ids[m, i, 1:l + 1]) == "\n".join(want) + "\n" and ids[m, i, l + 1] == b.END
+            if kind is cb.Raster2D:                     # a token stands where the next one is written
+                assert [tuple(x[:2]) for x in pos[m, i, 1:l].astype(int)] == [divmod(k, field.shape[1] + 1) for k in range(1, l)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", cb.LAYOUTS)
+def test_no_layout_depends_on_its_company(name):
+    torch.manual_seed(0)
+    model, g, m = cb.LAYOUTS[name](2, 2, 64).eval(), games(5), 2
+    one = b.one_game(g["fields"][m, :g["H"][m], :g["W"][m]], g["R"][m, 1, 0], g["C"][m, 1, 0], list(b.DIRECTIONS)[g["D"][m, 1, 0]], g["texts"][m])
+    logits, alone = (model(*tensors(model.tokens(x)), model.remember(*tensors(model.memory(x))))[0] for x in (g, one))
+    torch.testing.assert_close(logits[m, 1, :alone.size(2)], alone[0, 0], atol=1e-4, rtol=1e-4)

@@ -3,7 +3,7 @@
 Next-token sampling, beam search, a small numpy renderer and mp4 writer, files that are never half-written, and errors
 that are one sentence. Nothing here has an idea in it; copy it beside any script of this repository and the script runs.
 """
-import argparse, contextlib, csv, glob, hashlib, io, json, os, pathlib, platform, sys, time, unicodedata
+import argparse, collections, contextlib, csv, glob, hashlib, io, json, math, mmap, os, pathlib, platform, sys, time, unicodedata
 
 import numpy as np
 import torch
@@ -488,3 +488,94 @@ def write_picture(path, frame):
     with whole_file(path) as part:
         Image.fromarray(frame).save(part)
     return path
+
+# ---- part 7: model files ---------------------------------------------------------------------------------------------------
+
+DTYPES = dict(F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16, I64=torch.int64, I32=torch.int32,
+              I16=torch.int16, I8=torch.int8, U8=torch.uint8, BOOL=torch.bool)          # as safetensors files name them
+
+
+@contextlib.contextmanager
+def reading(what):
+    """Whatever Python raises in this block over a broken file, the user reads one sentence: `what` cannot be read, and why."""
+    try:
+        yield
+    except Exception as e:              # JSON, slices, dicts, tensors, requests: each has errors of its own
+        why = f"it lacks {e}" if isinstance(e, KeyError) else str(e) or type(e).__name__
+        sorry(f"{what} cannot be read ({why[:200]})")
+
+
+def read_json(path):
+    """A JSON object from a file, as a dict."""
+    with reading(path):
+        return {**json.loads(pathlib.Path(path).read_bytes())}
+
+
+def write_json(path, value):
+    with whole_file(path) as part:
+        part.write_text(json.dumps(value, indent=1))
+
+
+def read_jsonl(path, keys):
+    """A JSON-lines file -> its rows as dicts. What stands under keys must be text; whatever else a row holds passes through."""
+    rows = []
+    for n, line in enumerate(pathlib.Path(path).read_bytes().split(b"\n"), 1):
+        with reading(f"{path}, line {n}, which should be a JSON object with the texts {' and '.join(keys)},"):
+            if line.strip():
+                row = json.loads(line)              # half of a surrogate pair is JSON, but no text: it becomes a question mark
+                rows.append({**row, **{k: row[k].encode("utf-8", "replace").decode() for k in keys}})
+    return rows or sorry(f"{path} has no rows")
+
+
+class Stored(collections.namedtuple("Stored", "path dtype shape begin end")):
+    """Where in a safetensors file a tensor lies, begin and end in bytes; nothing of it is read before tensor() is called."""
+    def tensor(self):
+        """The tensor as a view of the file's pages: they come into memory where they are read, and leave with the tensor."""
+        if self.begin == self.end:
+            return torch.empty(self.shape, dtype=self.dtype)
+        base = self.begin - self.begin % mmap.ALLOCATIONGRANULARITY
+        with open(self.path, "rb") as f:
+            pages = mmap.mmap(f.fileno(), self.end - base, access=mmap.ACCESS_COPY, offset=base)
+        x = torch.frombuffer(pages, dtype=torch.uint8, offset=self.begin - base)
+        return (x.clone() if self.begin % self.dtype.itemsize else x).view(self.dtype).view(self.shape)     # old files align nothing
+
+
+def read_safetensors(path):
+    """A safetensors file -> {name: Stored}: 8 bytes of length, so much JSON, then the tensors without a gap, all of it checked."""
+    with reading(path), open(path, "rb") as f:
+        table, size, n = {}, os.path.getsize(path), int.from_bytes(f.read(8), "little")
+        head, end = json.loads(f.read(n) if n <= min(size, 100 << 20) else b""), 8 + n
+        head.pop("__metadata__", None)
+        for name, e in sorted(head.items(), key=lambda item: item[1]["data_offsets"]):
+            dtype, shape, (begin, stop) = DTYPES[e["dtype"]], tuple(e["shape"]), e["data_offsets"]
+            whole = all(type(v) is int and v >= 0 for v in (begin, stop, *shape)) and 8 + n + begin == end
+            if not whole or stop - begin != math.prod(shape) * dtype.itemsize:
+                raise ValueError(f"the header's sizes for {name} do not fit each other")
+            table[name], end = Stored(path, dtype, shape, end, 8 + n + stop), 8 + n + stop
+        if end != size:
+            raise ValueError(f"it has {size} bytes, its header says {end}")
+        return table
+
+
+def find_tensors(folder):
+    """All tensors of a model folder, in model.safetensors or in shards with an index: {name: Stored}."""
+    single = pathlib.Path(folder) / "model.safetensors"
+    index, files = single.with_name("model.safetensors.index.json"), [single.name]
+    if index.exists():
+        with reading(index):
+            files = sorted({os.path.basename(f) for f in read_json(index)["weight_map"].values()})     # beside it, wherever they claim
+    return {name: x for f in files for name, x in read_safetensors(single.with_name(f)).items()}
+
+
+def write_safetensors(path, spec, tensor_of):
+    """spec {name: (dtype, shape)}; tensor_of(name) is asked for one tensor at a time: they need not all be in memory."""
+    at, table, code = 0, {"__metadata__": {"format": "pt"}}, {v: k for k, v in DTYPES.items()}
+    for name, (dtype, shape) in spec.items():
+        end = at + math.prod(shape) * dtype.itemsize
+        table[name], at = dict(dtype=code[dtype], shape=list(shape), data_offsets=[at, end]), end
+    head = json.dumps(table).encode()
+    head += b" " * (-len(head) % 8)                 # tensors begin on a multiple of 8
+    with whole_file(path) as part, open(part, "wb") as f:
+        f.write(len(head).to_bytes(8, "little") + head)
+        for name, (dtype, _) in spec.items():
+            f.write(tensor_of(name).detach().to("cpu", dtype).contiguous().view(-1).view(torch.uint8).numpy())

@@ -5,16 +5,15 @@
     python lora_llama.py --model meta-llama/Llama-2-7b-hf --load_4bit --data my.jsonl
         the same path on the real thing; Llama 3.x, TinyLlama and SmolLM2 go the same way
 
-Each run prints its NF4 error, bits per parameter, the held-out loss before and after, and the shares of held-out answers that
-are exact and that stop by themselves; the README says which figures are not measured yet.
+Measured: not yet.
 Papers: Llama 2 (arXiv 2307.09288, section 3.1), LoRA (2106.09685), QLoRA (2305.14314), rsLoRA (2312.03732).
 Differs from Llama 2's SFT in: 1. examples packed in one sequence do not see each other; 2. LoRA, not all weights, hence the
     larger learning rate; 3. the loss is a mean over the answer tokens of the whole batch, however the batch is cut up.
 Differs from QLoRA in: no paged optimizer; LoRA's moments are small, gradient checkpointing bounds the rest.
 Not handled: other architectures, biases, DoRA, chat templates, 4-bit head or embedding, models cut over several cards.
 """
-import base64, concurrent.futures, dataclasses, functools, hashlib, heapq, json, math, mmap, os, pathlib, re, shutil
-import sys, time, types
+import base64, collections, functools, hashlib, heapq, json, math, os, pathlib, re, shutil, sys, time, types
+
 import numpy as np
 import torch
 import torch.nn as nn
@@ -23,382 +22,275 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import common
-from common import sorry
+from common import find_tensors, read_json, read_jsonl, read_safetensors, reading, sorry, write_json, write_safetensors
 
-HERE = pathlib.Path(__file__).resolve().parent
+DATA = pathlib.Path(__file__).resolve().parent / "data"
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # torchrun sets them
-DTYPES = dict(float32=torch.float32, bfloat16=torch.bfloat16, float16=torch.float16)
+FLOATS = dict(float32=torch.float32, bfloat16=torch.bfloat16, float16=torch.float16)
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-# defaults of a grown model, and of the demo's 1M parameters, which need bigger steps and many more of them
-GROWN = dict(epochs=2.0, lr=2e-4, batch_size=16, block_size=1024, load_4bit=False)
-DEMO = dict(epochs=15.0, lr=3e-3, batch_size=4, block_size=256, load_4bit=True)
 
-# ---- part 1: flags --------------------------------------------------------------------------------------------------------
+# ---- flags -----------------------------------------------------------------------------------------------------------------
 
 def get_args(argv=None):
     p = common.Flags(__doc__)
     # which model
     p.flag("model", "demo", "demo (made here), a folder in Hugging Face's layout, or a Hub id: HuggingFaceTB/SmolLM2-135M")
-    p.flag("dtype", "auto", "auto: as stored, but bfloat16 for float16, whose range is short", choices=["auto", *DTYPES])
-    p.flag("load_4bit", None, "linear layers in NF4: a quarter of the memory, slower on a CPU; the demo's default",
-           action=common.argparse.BooleanOptionalAction, type=None)
+    p.flag("dtype", "auto", "auto: as stored, but bfloat16 for float16, whose range is short", choices=["auto", *FLOATS])
+    p.flag("load_4bit", True, "linear layers in NF4: a quarter of the memory, slower on a CPU; off for other models than the demo")
     p.flag("double_quant", True, "quantize NF4's block maxima too: 4.127 instead of 4.5 bits per parameter")
-    p.flag("fused", True, "torch's fused attention where there are several queries; off: the written-out one")
     # LoRA
     p.flag("lora_r", 16, "rank of the update")
     p.flag("lora_alpha", 32.0, "the update is scaled by alpha / r")
     p.flag("lora_dropout", 0.05, "on the input of the update only")
-    p.flag("targets", TARGETS, "layers that get one; all, as QLoRA found necessary", nargs="+", type=str, choices=TARGETS)
+    p.flag("targets", TARGETS, "layers that get one; all, as QLoRA found necessary", nargs="+", choices=TARGETS)
     p.flag("rslora", False, "scale by alpha / sqrt(r): a larger rank then does not learn slower")
     p.flag("adapter", "", "start from this adapter folder, ours or peft's")
-    # data and training
-    p.flag("data", str(HERE / "data/qa.jsonl"), 'JSON lines with "prompt" and "answer"')
+    # data and training; behind a semicolon: the default for other models than the demo
+    p.flag("data", str(DATA / "qa.jsonl"), 'JSON lines with "prompt" and "answer"')
     p.flag("held_out", 0.1, "share of the examples kept for the loss before and after")
-    p.flag("separator", "auto", "between prompt and answer, a special token or text; auto: <|sep|>, <|eot_id|>, else EOS")
-    p.flag("epochs", None, "passes over the examples: 2 as in Llama 2, the demo 15; 0 trains nothing", type=float)
-    p.flag("lr", None, "AdamW's peak learning rate: 2e-4 as in QLoRA, the demo 3e-3", type=float)
-    p.flag("block_size", None, "tokens per packed sequence: 1024, the demo 256", type=int)
-    p.flag("batch_size", None, "sequences per step, over all micro-batches and processes: 16, the demo 4", type=int)
-    p.flag("micro_batch", 4, "sequences at once: what fits in memory")
-    p.flag("warmup", 0.03, "share of the steps before the cosine's peak; it ends at a tenth of it")
-    p.flag("weight_decay", 0.1, "AdamW's, as in Llama 2")
-    p.flag("grad_clip", 1.0, "largest gradient norm")
+    p.flag("epochs", 15.0, "passes over the examples; 2 as in Llama 2; 0 trains nothing")
+    p.flag("lr", 3e-3, "AdamW's peak learning rate; 2e-4 as in QLoRA")
+    p.flag("block_size", 256, "tokens per packed sequence; 1024")
+    p.flag("batch_size", 4, "sequences per step, over all micro-batches and processes; 16")
+    p.flag("micro_batch", 4, "sequences, or prompts, at once: what fits in memory")
     p.flag("grad_checkpoint", False, "compute each block's activations twice instead of keeping them")
+    p.flag("texts", str(DATA / "texts"), "folder of .txt files, one document a line, that the demo is pretrained on, 10 times over")
     p.flag("save_every", 20, "steps between checkpoints")
-    p.flag("seed", 0, "of weights, order and dropout")
-    # the demo's pretraining
-    p.flag("texts", str(HERE / "data/texts"), "folder of .txt files, one document a line, that the demo reads first")
-    p.flag("pretrain_epochs", 10.0, "passes over them")
-    p.flag("n_layer", 5, "the demo's blocks")
-    p.flag("n_embd", 128, "the demo's width")
-    p.flag("n_head", 4, "the demo's query heads, two to each key-value head")
+    p.flag("seed", 0, "of weights, order, dropout and sampling")
     # what comes out
-    p.flag("prompt", [], "answer these after training", nargs="+", type=str)
-    p.flag("prompts", "", "JSON lines whose prompts are completed in batches")
-    p.flag("completions", "out/completions.jsonl", "where they go: the same rows with a completion")
-    p.flag("gen_batch", 16, "prompts at once")
+    p.flag("prompts", "", "JSON lines whose prompts are completed in batches, to completions.jsonl in --out")
     p.flag("max_new", 128, "longest answer in tokens")
     p.flag("temperature", 0.0, "0: always the likeliest token")
     p.flag("top_p", 1.0, "sample from the likeliest tokens that hold this mass")
     p.flag("repetition_penalty", 1.0, "above 1: tokens that were seen become less likely")
     p.flag("beam", 1, "beams; 1 samples instead")
     p.flag("length_penalty", 1.0, "beams are ranked by log-probability / length ** this")
-    p.flag("merge", "off", "write the merged model: 16 adds the update to the stored weights, 4bit to what NF4 made of them",
-           choices=["off", "16", "4bit"])
-    p.flag("out", "out/lora", "folder for the adapter, the checkpoint and the merged model")
+    p.flag("merge", "off", "write the model with the update added to its stored weights or to the NF4 ones", choices=["off", "16", "4bit"])
+    p.flag("out", "out/lora", "folder for the adapter, the checkpoint, completions and the merged model")
     p.flag("smoke", False, "the same path with tiny numbers, under a minute")
     args = p.parse_args(argv)
-    for name, value in (DEMO if args.model == "demo" else GROWN).items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    if min(args.lora_r, args.batch_size, args.micro_batch, args.save_every, args.gen_batch, args.max_new, args.beam) < 1:
-        sorry("ranks, batches, lengths and intervals start at 1")
+    if args.model != "demo":                        # these are defaults still: what was said on the command line stays
+        p.set_defaults(load_4bit=False, epochs=2.0, lr=2e-4, block_size=1024, batch_size=16)
     if args.smoke:
-        args.pretrain_epochs, args.n_layer, args.n_embd, args.epochs, args.max_new = 1.0, 2, 64, min(args.epochs, 1.0), 16
-    return args
+        p.set_defaults(epochs=1.0, max_new=16)
+    args = p.parse_args(argv)
+    small = [k for k in ("lora_r", "block_size", "batch_size", "micro_batch", "save_every", "max_new", "beam") if getattr(args, k) < 1]
+    return p.error(f"argument --{small[0]}: must be at least 1") if small else args
 
-# ---- part 2: data: JSON lines and tokenizers ------------------------------------------------------------------------------
-
-def read_json(path):
-    """A JSON object from a file, as a dict."""
-    try:
-        found = json.loads(pathlib.Path(path).read_bytes())
-    except (ValueError, RecursionError):
-        found = None
-    return found if isinstance(found, dict) else sorry(f"{path} is no JSON object; it may be cut short")
-
-def write_json(path, value):
-    with common.whole_file(path) as part:
-        part.write_text(json.dumps(value, indent=1))
-
-def read_jsonl(path, keys=("prompt", "answer")):
-    """[{"prompt": "What is two plus two?", "answer": "Four."}, ...]; keys must be texts, others pass through."""
-    rows = []
-    with open(path, "rb") as f:
-        for n, line in enumerate(f, 1):
-            try:
-                row = json.loads(line) if line.strip() else None
-                # half of a surrogate pair is JSON, but no text: it becomes a question mark
-                rows += [{**row, **{k: row[k].encode("utf-8", "replace").decode() for k in keys}}] if row is not None else []
-            except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-                sorry(f"{path}, line {n}: wants a JSON object with the texts {' and '.join(keys)}")
-    return rows or sorry(f"{path} has no rows")
+# ---- data: tokenizers --------------------------------------------------------------------------------------------------------
 
 GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # SmolLM2 cuts digits out one by one BEFORE GPT-2's pattern: spaces before a digit then end there, not one earlier
 SMOL = r"'(?:[sdmt]|ll|ve|re)|\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
-LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-          r"|\s*[\r\n]+|\s+(?!\S)|\s+")
-# GPT-2 writes each byte as a printable character: itself where it is one, else one from 256 on
+LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# GPT-2 writes each byte as a printable character: itself where it is one, else one from 256 on; Llama 2 writes a space as SPACE
 PLAIN = [b for b in range(256) if 33 <= b <= 126 or 161 <= b <= 172 or 174 <= b]
 BYTE_OF = {chr(b): b for b in PLAIN} | {chr(256 + i): b for i, b in enumerate(sorted({*range(256)} - {*PLAIN}))}
+SPACE = "\u2581"
 
 class ByteBPE:
-    """Byte-level BPE of GPT-2, Llama 3 and SmolLM2, run by tiktoken. Special tokens in text are text.
-
-    tokens: the 256 bytes, then byte strings in the order in which they are merged; ids: the id of each, or None.
-    """
-    def __init__(self, tokens, ids, special, pattern, add_bos):
+    """Byte-level BPE of GPT-2, Llama 3 and SmolLM2, run by tiktoken. vocab: byte string -> id, ids in the order of the merges.
+    Special tokens in text are text; main() adds bos, sep and eos, the ids around a prompt and its answer."""
+    def __init__(self, vocab, special, add_bos, pattern):
         import tiktoken
         # tiktoken merges by rank whatever is a token, tokenizer.json by a list of pairs. For a trained BPE both are one: the
-        # inside of a token merges as it would alone, so every token is only ever made of the same two
-        self.bpe = tiktoken.Encoding("llama", pat_str=pattern, special_tokens={},
-                                     mergeable_ranks={t: rank for rank, t in enumerate(tokens)})
-        self.ids, self.special, self.add_bos = ids, special, add_bos
-        self.bytes = {i: t for t, i in zip(tokens, ids) if i is not None}
-        self.size = 1 + max([*self.bytes, *special.values()])
-
+        # inside of a token merges as it would alone. A byte that the model lacks gets an id beyond all, and is dropped again
+        missing = {bytes([b]): (1 << 24) + b for b in range(256) if bytes([b]) not in vocab}
+        self.bpe = tiktoken.Encoding("llama", pat_str=pattern, mergeable_ranks=vocab | missing, special_tokens={})
+        self.bytes, self.special, self.add_bos = {i: t for t, i in vocab.items()}, special, add_bos
     def encode(self, text):
-        return [self.ids[rank] for rank in self.bpe.encode_ordinary(text) if self.ids[rank] is not None]
-
+        return [i for i in self.bpe.encode_ordinary(text) if i in self.bytes]
     def decode(self, ids):
         return b"".join(self.bytes.get(i, b"") for i in ids).decode("utf-8", "replace")
 
-class CharBPE:
-    """Llama 2's BPE: characters merged by rank, unknown ones spelled as bytes, a space written as U+2581.
-
-    vocab: piece -> id; merges: (left, right) -> rank, lower first; prefix: a space first, always, unless there, or never.
-    """
-    def __init__(self, vocab, merges, special, prefix, add_bos):
-        self.vocab, self.merges, self.special, self.prefix, self.add_bos = vocab, merges, special, prefix, add_bos
-        self.fallback = [f"<0x{b:02X}>" for b in range(256)]
-        self.bytes = {i: p.replace("\u2581", " ").encode() for p, i in vocab.items() if p not in special}
-        self.bytes |= {vocab[p]: bytes([b]) for b, p in enumerate(self.fallback)}
-        self.size = 1 + max(vocab.values())
-
+class CharBPE(ByteBPE):
+    """Llama 2's BPE: characters merged by rank, unknown ones spelled as bytes. vocab: piece -> id; ranks: a piece that two others
+    make -> rank, lower first; prefix: the text gets a space in front "always", "unless there" or "never"."""
+    def __init__(self, vocab, special, add_bos, ranks, prefix):
+        self.vocab, self.special, self.add_bos, self.ranks, self.prefix = vocab, special, add_bos, ranks, prefix
+        self.spelled = [f"<0x{b:02X}>" for b in range(256)]
+        self.bytes = {i: p.replace(SPACE, " ").encode() for p, i in vocab.items() if p not in special}
+        self.bytes |= {vocab[p]: bytes([b]) for b, p in enumerate(self.spelled)}
     def encode(self, text):
-        text = text.replace(" ", "\u2581")
-        if text and (self.prefix == "always" or self.prefix == "unless there" and text[0] != "\u2581"):
-            text = "\u2581" + text
-        parts = []
-        for c in text:
-            parts += [c] if c in self.vocab else [self.fallback[b] for b in c.encode("utf-8", "replace")]
+        text = text.replace(" ", SPACE)
+        if text and (self.prefix == "always" or self.prefix == "unless there" and text[0] != SPACE):
+            text = SPACE + text
+        parts = [p for c in text for p in ([c] if c in self.vocab else [self.spelled[b] for b in c.encode("utf-8", "replace")])]
         # a linked list of parts and a heap of possible merges: O(n log n), for there are no words, the text is one piece
-        n, heap = len(parts), []
-        right, left = list(range(1, n + 1)), list(range(-1, n - 1))
-
-        def offer(i, j):
-            if i >= 0 and j < n and (parts[i], parts[j]) in self.merges:
-                heapq.heappush(heap, (self.merges[parts[i], parts[j]], i, parts[i], parts[j]))
-        for i in range(n - 1):
-            offer(i, i + 1)
+        left, right, heap = list(range(-1, len(parts))), list(range(1, len(parts) + 1)), []
+        def offer(i):
+            if i >= 0 and right[i] < len(parts) and (made := parts[i] + parts[right[i]]) in self.ranks:
+                heapq.heappush(heap, (self.ranks[made], i, made))
+        for i in range(len(parts)):
+            offer(i)
         while heap:
-            _, i, a, b = heapq.heappop(heap)
+            _, i, made = heapq.heappop(heap)
             j = right[i]
-            if parts[i] == a and j < n and parts[j] == b:           # else one of the two has been merged elsewhere since
-                parts[i], parts[j], right[i] = a + b, None, right[j]
-                if right[i] < n:
-                    left[right[i]] = i
-                offer(left[i], i), offer(i, right[i])
-        return [self.vocab[p] for p in parts if p is not None]
-
+            if parts[i] and j < len(parts) and parts[i] + parts[j] == made:         # else one of the two is part of another by now
+                parts[i], parts[j], right[i], left[right[j]] = made, "", right[j], i
+                offer(left[i])
+                offer(i)
+        return [self.vocab[p] for p in parts if p]
     def decode(self, ids):
-        text = b"".join(self.bytes.get(i, b"") for i in ids).decode("utf-8", "replace")
-        return text[1:] if self.prefix != "never" and text[:1] == " " else text
+        return super().decode(ids).removeprefix("" if self.prefix == "never" else " ")
 
 def load_tokenizer(folder):
     """The tokenizer of a model folder: tokenizer.json, or tokenizer.model (sentencepiece's, or a tiktoken file)."""
-    path = next((p for p in (pathlib.Path(folder) / n for n in ("tokenizer.json", "tokenizer.model")) if p.exists()), None)
-    if path is None:
-        sorry(f"{folder} has neither tokenizer.json nor tokenizer.model")
-    try:
+    path = pathlib.Path(folder) / "tokenizer.json"
+    path = path if path.exists() else path.with_suffix(".model")
+    with reading(path):
         raw = path.read_bytes()
         if path.suffix == ".json":
             return from_tokenizer_json(json.loads(raw))
         return from_tiktoken(raw) if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", raw) else from_sentencepiece(raw)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as e:
-        sorry(f"{path} is no tokenizer that is read here: {e if type(e) is ValueError else repr(e)}")
 
 def from_tokenizer_json(spec):
-    """The two kinds of BPE that Llamas come with, told apart by byte_fallback. ValueError names what is not handled."""
-    bpe, pre, norm = spec["model"], spec.get("pre_tokenizer") or {}, spec.get("normalizer") or {}
-    affix = bpe.get("continuing_subword_prefix") or bpe.get("end_of_word_suffix")
-    if bpe.get("type", "BPE") != "BPE" or bpe.get("dropout") or affix:
-        raise ValueError(f"a {bpe.get('type')} model, or one with dropout or affixes, is not handled")
-    vocab, merges = bpe["vocab"], [tuple(m.split(" ") if isinstance(m, str) else m) for m in bpe["merges"]]
-    special = {t["content"]: t["id"] for t in spec["added_tokens"]}
-    odd = next((t["content"] for t in spec["added_tokens"] if not t["special"]), None)
-    if odd is not None:
-        raise ValueError(f"the added token {odd!r}, which is not special, is not handled")
-    ids = [*vocab.values(), *special.values()]
-    if not all(type(i) is int and 0 <= i < 1 << 24 for i in ids) or len({*vocab.values()}) < len(vocab):
-        raise ValueError("its ids are not whole numbers, one for each token")
-    if any(len(m) != 2 or m[0] + m[1] not in vocab for m in merges):
-        raise ValueError("a merge makes no token")
-    # a template whose first piece is special says: begin with BOS
-    add_bos = '"single": [{"SpecialToken"' in json.dumps(spec.get("post_processor"))
-    steps = pre["pretokenizers"] if pre.get("type") == "Sequence" else [pre]
-    kinds = [s.get("type") for s in steps]
-    changes = [(s["type"], s.get("prepend") or s.get("content")) for s in norm.get("normalizers", [norm] if norm else [])]
-    if bpe.get("byte_fallback"):
-        merges = {m: rank for rank, m in reversed(list(enumerate(merges)))}
-        if changes == [("Prepend", "\u2581"), ("Replace", "\u2581")] and not pre:
-            return CharBPE(vocab, merges, special, "always", add_bos)
-        if kinds == ["Metaspace"] and not changes and not pre.get("split", True):
-            never = pre.get("prepend_scheme") == "never"
-            return CharBPE(vocab, merges, special, "never" if never else "unless there", add_bos)
-    elif not changes and kinds[-1] == "ByteLevel" and not steps[-1].get("add_prefix_space"):
-        pattern = GPT2 if kinds == ["ByteLevel"] else None
-        if kinds == ["Digits", "ByteLevel"] and steps[0]["individual_digits"]:
+    """The two kinds of BPE that Llamas come with, told apart by the steps before the merges. ValueError: not handled."""
+    bpe, special = spec["model"], {t["content"]: t["id"] for t in spec["added_tokens"]}
+    steps = [step for k, inner in (("normalizer", "normalizers"), ("pre_tokenizer", "pretokenizers")) if spec.get(k)
+             for step in spec[k].get(inner, [spec[k]])]
+    odd = [t["content"] for t in spec["added_tokens"] if not t["special"]]
+    odd += [k for k in ("dropout", "continuing_subword_prefix", "end_of_word_suffix") if bpe.get(k)]
+    prefix = pattern = None
+    match [step["type"] for step in steps]:
+        case ["Prepend", "Replace"]:
+            prefix = "always"
+        case ["Metaspace"] if not steps[0].get("split", True):
+            prefix = "never" if steps[0].get("prepend_scheme") == "never" else "unless there"
+        case ["ByteLevel"]:
+            pattern = GPT2
+        case ["Digits", "ByteLevel"] if steps[0]["individual_digits"]:
             pattern = SMOL
-        if kinds == ["Split", "ByteLevel"] and steps[0]["behavior"] == "Isolated" and not steps[1].get("use_regex"):
+        case ["Split", "ByteLevel"] if steps[0]["behavior"] == "Isolated" and not steps[1].get("use_regex"):
             pattern = steps[0]["pattern"]["Regex"]
-        if pattern:
-            char_of = {b: c for c, b in BYTE_OF.items()}
-            order = [char_of[b] for b in range(256)] + [a + b for a, b in merges]
-            if bpe.get("ignore_merges"):                # Llama 3: a word that is a token is that token, mergeable or not
-                order += sorted((t for t in vocab if all(c in BYTE_OF for c in t)), key=vocab.get)
-            order = list(dict.fromkeys(t for t in order if t not in special))
-            tokens = [bytes(BYTE_OF[c] for c in t) for t in order]
-            return ByteBPE(tokens, [vocab.get(t) for t in order], special, pattern, add_bos)
-    raise ValueError(f"the normalizer {norm.get('type')} with the pre-tokenizers {kinds} is not handled")
+        case kinds:
+            odd += kinds
+    if bpe["type"] != "BPE" or odd or bool(prefix) != bool(bpe.get("byte_fallback")) or pattern and steps[-1].get("add_prefix_space"):
+        raise ValueError(f"a {bpe['type']} model with {odd or 'its settings'} is not handled")
+    pairs = (m.split(" ") if isinstance(m, str) else m for m in bpe["merges"])
+    vocab, merges = bpe["vocab"], list(dict.fromkeys(a + b for a, b in pairs))          # the piece that a merge makes, in order
+    ids, made = [*vocab.values(), *special.values()], [vocab[piece] for piece in merges]
+    if not all(type(i) is int and 0 <= i < 1 << 24 for i in ids) or len({*vocab.values()}) < len(vocab) or pattern and made != sorted(made):
+        raise ValueError("its ids are not whole numbers, one for each token, in the order of the merges")
+    add_bos = '"single": [{"SpecialToken"' in json.dumps(spec.get("post_processor"))        # a template that begins with BOS
+    if prefix:
+        return CharBPE(vocab, special, add_bos, {made: rank for rank, made in enumerate(merges)}, prefix)
+    # Llama 3 ignores merges: a word that is a token is that token. Others know only what their merges make
+    tokens = vocab if bpe.get("ignore_merges") else [*BYTE_OF, *merges]
+    tokens = [t for t in tokens if t in vocab and t not in special and all(c in BYTE_OF for c in t)]
+    return ByteBPE({bytes(BYTE_OF[c] for c in t): vocab[t] for t in tokens}, special, add_bos, pattern)
 
 def from_tiktoken(raw):
     """Llama 3's own file: a token in base64 and its rank on each line; 256 special tokens follow."""
-    ranks = {base64.b64decode(t, validate=True): int(r) for t, r in (line.split() for line in raw.splitlines() if line)}
-    tokens = sorted(ranks, key=ranks.get)
-    if sorted(ranks.values()) != list(range(len(ranks))) or not all(bytes([b]) in ranks for b in range(256)):
-        raise ValueError("its ranks are not 0, 1, 2, ... over all bytes")
-    r = "reserved_special_token_"
-    names = ["begin_of_text", "end_of_text", r + "0", r + "1", "finetune_right_pad_id", r + "2", "start_header_id",
-             "end_header_id", "eom_id", "eot_id", "python_tag", *(f"{r}{i}" for i in range(3, 248))]
-    return ByteBPE(tokens, range(len(tokens)), {f"<|{n}|>": len(tokens) + i for i, n in enumerate(names)}, LLAMA3, True)
+    vocab = {base64.b64decode(t, validate=True): int(rank) for t, rank in (line.split() for line in raw.splitlines() if line)}
+    n, r = len(vocab), "reserved_special_token_"
+    if sorted(vocab.values()) != list(range(n)):
+        raise ValueError("its ranks are not 0, 1, 2, ...")
+    names = ["begin_of_text", "end_of_text", r + "0", r + "1", "finetune_right_pad_id", r + "2", "start_header_id", "end_header_id",
+             "eom_id", "eot_id", "python_tag", *(f"{r}{i}" for i in range(3, 248))]
+    return ByteBPE(vocab, {f"<|{name}|>": n + i for i, name in enumerate(names)}, True, LLAMA3)
 
 def protobuf(raw):
     """[(field, value)] of one protobuf message: ints, or bytes for strings, messages and fixed-width numbers."""
+    def varint(at):
+        digits = re.compile(rb"[\x80-\xff]*[\x00-\x7f]").match(raw, at)[0]          # past the end: None, and a TypeError
+        return sum((byte & 127) << 7 * k for k, byte in enumerate(digits)), at + len(digits)
     at, out = 0, []
-
-    def varint():
-        nonlocal at
-        value, shift, more = 0, 0, True
-        while more:
-            value, more = value | (raw[at] & 127) << shift, raw[at] > 127       # past the end: IndexError
-            at, shift = at + 1, shift + 7
-        return value
     while at < len(raw):
-        field, wire = divmod(varint(), 8)
-        if wire == 0:
-            out.append((field, varint()))
-            continue
-        size = {1: 8, 5: 4}[wire] if wire != 2 else varint()
-        if at + size > len(raw):
-            raise ValueError("it is cut short")
-        out.append((field, raw[at:at + size]))
-        at += size
+        key, at = varint(at)
+        value, at = varint(at) if key % 8 in (0, 2) else ({1: 8, 5: 4}[key % 8], at)
+        if key % 8:                             # the value so far is a length
+            value, at = raw[at:at + value], at + value
+        out.append((key // 8, value))
+    if at > len(raw):
+        raise ValueError("it is cut short")
     return out
 
 def from_sentencepiece(raw):
     """tokenizer.model (sentencepiece_model.proto): pieces with scores, BPE with byte fallback, no normalization."""
     message = protobuf(raw)
-    pieces = [dict(protobuf(v)) for f, v in message if f == 1]
-    settings = {f: dict(protobuf(v)) for f, v in message if f in (2, 3)}
-    trainer, norm, kinds = settings[2], settings[3], [p.get(3, 1) for p in pieces]
+    pieces, (trainer, norm) = [dict(protobuf(v)) for f, v in message if f == 1], [dict(protobuf(dict(message)[f])) for f in (2, 3)]
+    text, kinds = [p[1].decode() for p in pieces], [p.get(3, 1) for p in pieces]
     # trainer: 3 is model_type (2: BPE), 35 byte_fallback; norm: 2 is a table of replacements, 4 remove_extra_whitespaces,
     # 5 escape them; kinds of piece: 1 normal, 2 unknown, 3 control, 4 user-defined, 5 unused, 6 byte
     if trainer.get(3) != 2 or not trainer.get(35) or norm.get(2) or norm.get(4, 1) or not norm.get(5, 1) or {4, 5} & {*kinds}:
         raise ValueError("only sentencepiece's BPE with byte fallback and without normalization is handled")
-    text = [p[1].decode() for p in pieces]
-    score = {t: np.frombuffer(p.get(2, bytes(4)), "<f4")[0] for t, p, k in zip(text, pieces, kinds) if k == 1}
-    # any two pieces that together are a piece may make it; the best score goes first
-    merges = {(t[:i], t[i:]): -s for t, s in score.items() for i in range(1, len(t)) if t[:i] in score and t[i:] in score}
+    # any two pieces that together are a piece may make it; the best score, a float32, goes first
+    ranks = {t: -np.frombuffer(p.get(2, bytes(4)), "<f4")[0] for t, p, k in zip(text, pieces, kinds) if k == 1}
     special = {t: i for i, (t, k) in enumerate(zip(text, kinds)) if k in (2, 3)}
-    return CharBPE({t: i for i, t in enumerate(text)}, merges, special, "always" if norm.get(3, 1) else "never", True)
+    return CharBPE({t: i for i, t in enumerate(text)}, special, True, ranks, "always" if norm.get(3, 1) else "never")
 
-def make_byte_tokenizer(path):
-    """The demo's tokenizer.json: 256 bytes and four special tokens, no merges; tokenizers opens it too."""
-    names = ["<|begin|>", "<|end|>", "<|sep|>", "<|pad|>"]
-    added = [dict(id=256 + i, content=n, special=True, single_word=False, lstrip=False, rstrip=False, normalized=False)
-             for i, n in enumerate(names)]
-    level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True)
-    a = {"Sequence": dict(id="A", type_id=0)}
-    start = dict(type="TemplateProcessing", single=[{"SpecialToken": dict(id=names[0], type_id=0)}, a], pair=[a, a],
-                 special_tokens={names[0]: dict(id=names[0], ids=[256], tokens=[names[0]])})
-    write_json(path, dict(version="1.0", truncation=None, padding=None, added_tokens=added, normalizer=None, decoder=level,
-                          pre_tokenizer=level, post_processor=start, model=dict(type="BPE", vocab=BYTE_OF, merges=[])))
+# ---- data: many examples in one sequence, each by itself ---------------------------------------------------------------------
 
-# ---- packing: many examples in one sequence, each by itself ---------------------------------------------------------------
-
-def tokenize(rows, tok, frame):
-    """rows -> [(ids, n)]: BOS prompt separator answer EOS, and n, how many of the ids are prompt and carry no loss."""
-    bos, sep, eos = frame
-    heads = [bos + tok.encode(row["prompt"]) + sep for row in rows]
-    return [(head + tok.encode(row["answer"]) + eos[:1], len(head)) for head, row in zip(heads, rows)]
+def tokenize(rows, tok):
+    """[{"prompt": "What is two plus two?", "answer": "Four."}, ...] -> [(ids, n)]: BOS prompt separator answer EOS, and n, how
+    many of the ids are prompt and carry no loss."""
+    heads = [tok.bos + tok.encode(row["prompt"]) + tok.sep for row in rows]
+    return [(head + tok.encode(row["answer"]) + tok.eos[:1], len(head)) for head, row in zip(heads, rows)]
 
 def pack(examples, T, rng):
-    """examples [(ids, n_prompt)] -> sequences of at most T tokens: lists of examples that fit together, first fit.
-
-    Too long an example is cut at T; one whose prompt alone fills T is left out.
-    """
-    packed, room = [], []
+    """examples [(ids, n)] -> sequences of at most T tokens: lists of examples that fit together, each in the first with room.
+    Too long an example is cut at T; one whose prompt alone fills T is left out."""
+    packed = []
     for i in rng.permutation(len(examples)):
         ids, n = examples[i][0][:T], examples[i][1]
         if n < T:
-            at = next((j for j in range(max(0, len(room) - 64), len(room)) if room[j] >= len(ids)), len(room))
-            if at == len(room):
-                packed.append([]), room.append(T)
-            packed[at].append((ids, n))
-            room[at] -= len(ids)
+            room = (seq for seq in packed[-64:] if sum(len(other) for other, _ in seq) + len(ids) <= T)
+            if (seq := next(room, None)) is None:
+                packed.append(seq := [])
+            seq.append((ids, n))
     return packed
 
 def collate(packed, device):
     """Sequences -> ids, labels (-1: no loss), positions, example numbers (-1: padding): all (B, T), T the longest of them.
-
-    labels[t] is the token after ids[t] in its example; positions restart with each example.
-    """
-    T = max(sum(len(ids) for ids, _ in seq) for seq in packed)
-    ids, pos, labels, doc = (torch.full((len(packed), T), v) for v in (0, 0, -1, -1))
-    for b, seq in enumerate(packed):
-        at = 0
-        for d, (tokens, n) in enumerate(seq):
-            end, n = at + len(tokens), max(n, 1)        # the last prompt token foretells the first of the answer
-            ids[b, at:end], pos[b, at:end], doc[b, at:end] = torch.tensor(tokens), torch.arange(len(tokens)), d
-            labels[b, at + n - 1:end - 1] = ids[b, at + n:end]
-            at = end
-    return [x.to(device) for x in (ids, labels, pos, doc)]
+    labels[t] is the token after ids[t] in its example; positions restart with each example."""
+    rows = []
+    for seq in packed:
+        rows.append([])
+        for d, (ids, n) in enumerate(seq):
+            n = max(n, 1)                       # the last prompt token foretells the first of the answer
+            rows[-1] += zip(ids, [-1] * (n - 1) + ids[n:] + [-1], range(len(ids)), [d] * len(ids))
+    T = max(map(len, rows))
+    return torch.tensor([row + [(0, -1, 0, -1)] * (T - len(row)) for row in rows], device=device).unbind(-1)
 
 def only_own_example(doc):
     """doc (B, T) example numbers -> mask (B, 1, T, T): a token sees itself and what came before it in its own example."""
     causal = torch.ones(doc.size(1), doc.size(1), dtype=torch.bool, device=doc.device).tril()
     return ((doc[:, :, None] == doc[:, None, :]) & causal)[:, None]
 
-# ---- part 3: the model ----------------------------------------------------------------------------------------------------
+# ---- the model ---------------------------------------------------------------------------------------------------------------
+# nanoGPT's letters: B sequences, T tokens, C = n_embd, nh query heads of size hs, nkv key-value heads; S keys, past ones included
 
 def read_config(path):
     """config.json -> the sizes that make a Llama, under nanoGPT's names; what is not a Llama is refused by name."""
     c = read_json(path)
-    try:
+    with reading(f"{path}, which should give the sizes of a Llama,"):
         rope = c.get("rope_parameters") or c.get("rope_scaling") or {}      # transformers 5 says it all in rope_parameters
         kind, name = rope.get("rope_type", rope.get("type", "default")), (c.get("architectures") or [c.get("model_type")])[0]
         llama = name in ("LlamaForCausalLM", "llama") and c.get("model_type", "llama") == "llama"
-        for wrong, what in ((not llama, f"a {name}"), (c.get("attention_bias") or c.get("mlp_bias"), "biases"),
-                            (kind not in ("default", "llama3"), f"rope of type {kind}"),
-                            (c.get("hidden_act", "silu") != "silu", f"the activation {c.get('hidden_act')}")):
-            if wrong:
-                sorry(f"{path} asks for {what}; only Llama 2, Llama 3 and their look-alikes are handled")
+        odd = dict(biases=c.get("attention_bias") or c.get("mlp_bias"), rope=kind not in ("default", "llama3") and kind,
+                   activation=c.get("hidden_act", "silu") != "silu" and c["hidden_act"], model=not llama and name)
+        for k, v in odd.items():
+            not v or sorry(f"{path} asks for the {k} {v}; only Llama 2, Llama 3 and their look-alikes are handled")
         heads, eos, bos = c["num_attention_heads"], c.get("eos_token_id", 2), c.get("bos_token_id", 1)
-        scaling = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        sizes = dict(vocab_size=c["vocab_size"], n_embd=c["hidden_size"], n_ff=c["intermediate_size"], n_layer=c["num_hidden_layers"],
+                     n_head=heads, n_kv_head=c.get("num_key_value_heads") or heads, head_dim=c.get("head_dim") or c["hidden_size"] // heads)
+        stretch = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
         cfg = types.SimpleNamespace(
-            vocab_size=c["vocab_size"], n_embd=c["hidden_size"], n_ff=c["intermediate_size"], n_layer=c["num_hidden_layers"],
-            n_head=heads, n_kv_head=c.get("num_key_value_heads") or heads,
-            head_dim=c.get("head_dim") or c["hidden_size"] // heads, eps=float(c.get("rms_norm_eps", 1e-6)),
-            theta=float(rope.get("rope_theta") or c.get("rope_theta", 1e4)),
-            scaling=[float(rope[k]) for k in scaling] if kind == "llama3" else None, tied=bool(c.get("tie_word_embeddings")),
-            bos=[] if bos is None else [bos], eos=eos if isinstance(eos, list) else [eos],
+            **sizes, eps=float(c.get("rms_norm_eps", 1e-6)), theta=float(rope.get("rope_theta") or c.get("rope_theta", 1e4)),
+            stretch=[float(rope[k]) for k in stretch] if kind == "llama3" else [], tied=bool(c.get("tie_word_embeddings")),
+            bos=[] if bos is None else [bos], eos=eos if isinstance(eos, list) and eos else [eos],
             dtype=str(c.get("dtype") or c.get("torch_dtype")), quantized=bool(c.get("quantization_config")))
-        sizes = [cfg.vocab_size, cfg.n_embd, cfg.n_ff, cfg.n_layer, cfg.n_head, cfg.n_kv_head, cfg.head_dim]
-        if not (all(type(n) is int and 0 < n < 1 << 31 for n in sizes) and cfg.n_head % cfg.n_kv_head == cfg.head_dim % 2 == 0
-                and all(type(i) is int and 0 <= i < cfg.vocab_size for i in cfg.bos + cfg.eos) and cfg.eos
-                and 0 <= cfg.eps < 1 < cfg.theta < math.inf and (not cfg.scaling or min(cfg.scaling) > 0)):
-            raise ValueError
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, ZeroDivisionError):
-        sorry(f"{path} lacks a size, or gives one that makes no Llama")
+        if not (all(type(i) is int and 0 <= i < cfg.vocab_size for i in cfg.bos + cfg.eos) and min(*sizes.values(), *cfg.stretch) > 0
+                and cfg.n_head % cfg.n_kv_head == cfg.head_dim % 2 == 0 <= cfg.eps < 1 < cfg.theta < math.inf):
+            raise ValueError("its numbers do not fit each other")           # whether the tensors fit them is for load_model to see
     return cfg
 
 def rotary(cfg, pos, dtype):
     """pos (B, T) -> cos, sin (B, 1, T, hs): RoPE (arXiv 2104.09864), with Llama 3.1's stretch for long contexts."""
     freq = cfg.theta ** -(torch.arange(0, cfg.head_dim, 2, device=pos.device).float() / cfg.head_dim)      # (hs / 2,)
-    if cfg.scaling:
-        factor, low, high, context = cfg.scaling
+    if cfg.stretch:
+        factor, low, high, context = cfg.stretch
         mix = ((context * freq / (2 * math.pi) - low) / (high - low)).clamp(0, 1)       # by turns in the original context:
         freq = (1 - mix) * freq / factor + mix * freq               # fast pairs stay, slow ones stretch, those between mix
     angle = pos[:, None, :, None].float() * freq                                        # (B, 1, T, hs / 2)
@@ -409,91 +301,46 @@ def rotate(x, cos, sin):
     """x (B, heads, T, hs): turn the pairs (x_i, x_{i + hs/2}), the order in which Hugging Face keeps Llama's rows."""
     return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, -1), sin)
 
-class RMSNorm(nn.Module):
-    """x / sqrt(mean x^2 + eps) * weight, the mean in fp32 whatever x is (arXiv 1910.07467)."""
-    def __init__(self, n, eps):
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(n)), eps
-
-    def forward(self, x):
-        return self.weight * F.rms_norm(x.float(), x.shape[-1:], None, self.eps).to(x.dtype)
-
 class Cache:
-    """Keys and values of the tokens read so far: k, v (n_layer, B, n_kv_head, longest, hs), the first T in use."""
+    """Keys and values of the tokens read so far: kv (n_layer, 2, B, nkv, longest, hs), the first T in use."""
     def __init__(self, model, B, longest):
-        c, w = model.cfg, model.embed_tokens.weight
-        self.k, self.v = (w.new_zeros(c.n_layer, B, c.n_kv_head, longest, c.head_dim) for _ in range(2))
-        self.T = 0
+        c, self.T = model.cfg, 0
+        self.kv = model.norm.weight.new_zeros(c.n_layer, 2, B, c.n_kv_head, longest, c.head_dim)
 
-    def extend(self, layer, k, v):
-        """Append k, v (B, n_kv_head, t, hs) of one layer; returns all of its keys and values so far."""
-        end = self.T + k.size(2)
-        self.k[layer, :, :, self.T:end], self.v[layer, :, :, self.T:end] = k, v
-        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
-
-    def follow(self, parent):
-        """Row i goes on from what was row parent[i]: beams move about, and their past with them."""
-        if len(parent) != self.k.size(1):
-            self.k, self.v = self.k[:, parent], self.v[:, parent]
-        elif parent.tolist() != list(range(len(parent))):
-            for x in (self.k, self.v):
-                x[:, :, :, :self.T] = x[:, parent, :, :self.T]
-
-class Attention(nn.Module):
-    """Grouped-query attention (arXiv 2305.13245): G query heads share one key and value head."""
+class Block(nn.Module):
+    """Grouped-query attention (arXiv 2305.13245), G query heads to a key-value head, then SwiGLU (2002.05202)."""
+    fused = True                # attention in torch's one kernel; False: the same, written out
     def __init__(self, cfg, layer):
         super().__init__()
-        C, nh, nkv, hs = cfg.n_embd, cfg.n_head, cfg.n_kv_head, cfg.head_dim
-        self.layer, self.nh, self.nkv, self.hs, self.fused = layer, nh, nkv, hs, True
-        self.q_proj, self.k_proj, self.v_proj = Linear(C, nh * hs), Linear(C, nkv * hs), Linear(C, nkv * hs)
-        self.o_proj = Linear(nh * hs, C)
-
-    def forward(self, x, cos, sin, mask, cache):
-        B, T, _ = x.shape
-        nkv, G, hs = self.nkv, self.nh // self.nkv, self.hs
-        q = self.q_proj(x).view(B, T, self.nh, hs).transpose(1, 2)      # (B, nh, T, hs)
-        k = self.k_proj(x).view(B, T, nkv, hs).transpose(1, 2)          # (B, nkv, T, hs)
-        v = self.v_proj(x).view(B, T, nkv, hs).transpose(1, 2)          # (B, nkv, T, hs)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        if cache is not None:
-            k, v = cache.extend(self.layer, k, v)                       # (B, nkv, S, hs), S >= T
-        S = k.size(2)
-        if mask is None and T > 1 and (S > T or not self.fused):        # causal, each query counting from the past's end
-            mask = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)[None, None]
-        if self.fused and T > 1:
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=G > 1)
-        elif self.fused:
-            y = F.scaled_dot_product_attention(q.reshape(B, nkv, G, hs), k, v, attn_mask=mask)
+        C, nh, nkv, hs, ff = self.sizes = cfg.n_embd, cfg.n_head, cfg.n_kv_head, cfg.head_dim, cfg.n_ff
+        self.layer, self.input_layernorm, self.post_attention_layernorm = layer, nn.RMSNorm(C, cfg.eps), nn.RMSNorm(C, cfg.eps)
+        self.self_attn = nn.ModuleDict(dict(q_proj=Linear(C, nh * hs), k_proj=Linear(C, nkv * hs), v_proj=Linear(C, nkv * hs),
+                                            o_proj=Linear(nh * hs, C)))
+        self.mlp = nn.ModuleDict(dict(gate_proj=Linear(C, ff), up_proj=Linear(C, ff), down_proj=Linear(ff, C)))
+    def attend(self, x, cos, sin, mask, cache):
+        (B, T, _), (_, nh, nkv, hs, _), proj = x.shape, self.sizes, self.self_attn
+        q = rotate(proj.q_proj(x).view(B, T, nh, hs).transpose(1, 2), cos, sin)         # (B, nh, T, hs)
+        k = rotate(proj.k_proj(x).view(B, T, nkv, hs).transpose(1, 2), cos, sin)        # (B, nkv, T, hs)
+        v = proj.v_proj(x).view(B, T, nkv, hs).transpose(1, 2)                          # (B, nkv, T, hs)
+        if cache:
+            cache.kv[self.layer, :, :, :, cache.T:cache.T + T] = torch.stack([k, v])
+            k, v = cache.kv[self.layer, :, :, :, :cache.T + T]          # (B, nkv, S, hs), S >= T
+        if self.fused:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=nh > nkv)
         else:
             # query head h asks key head h // G: a group's queries become rows of one matrix, and no key is copied
-            att = q.reshape(B, nkv, G * T, hs) @ k.transpose(2, 3)      # (B, nkv, G * T, S)
-            att = (att * hs**-0.5).view(B, nkv, G, T, S)
+            att = q.reshape(B, nkv, nh // nkv * T, hs) @ k.transpose(2, 3) * hs**-0.5               # (B, nkv, G * T, S)
+            att = att.view(B, nkv, nh // nkv, T, -1)                    # (B, nkv, G, T, S)
             if mask is not None:
                 att = att.masked_fill(~mask[:, :, None], -torch.inf)    # mask (B, 1, T, S), True: may look
             att = att.float().softmax(-1).to(x.dtype)                   # (B, nkv, G, T, S)
-            y = att.view(B, nkv, G * T, S) @ v                          # (B, nkv, G * T, hs)
-        y = y.view(B, self.nh, T, hs).transpose(1, 2)                   # (B, T, nh, hs)
-        return self.o_proj(y.reshape(B, T, self.nh * hs))
-
-class MLP(nn.Module):
-    """SwiGLU (arXiv 2002.05202): down(silu(gate x) * up x)."""
-    def __init__(self, cfg):
-        super().__init__()
-        self.gate_proj, self.up_proj = Linear(cfg.n_embd, cfg.n_ff), Linear(cfg.n_embd, cfg.n_ff)
-        self.down_proj = Linear(cfg.n_ff, cfg.n_embd)
-
-    def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
-class Block(nn.Module):
-    def __init__(self, cfg, layer):
-        super().__init__()
-        self.input_layernorm, self.self_attn = RMSNorm(cfg.n_embd, cfg.eps), Attention(cfg, layer)
-        self.post_attention_layernorm, self.mlp = RMSNorm(cfg.n_embd, cfg.eps), MLP(cfg)
-
+            y = att.view(B, nkv, nh // nkv * T, -1) @ v                 # (B, nkv, G * T, hs)
+        y = y.reshape(B, nh, T, hs).transpose(1, 2)                     # (B, T, nh, hs)
+        return proj.o_proj(y.reshape(B, T, nh * hs))
     def forward(self, x, cos, sin, mask, cache):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x = x + self.attend(self.input_layernorm(x), cos, sin, mask, cache)
+        h, mlp = self.post_attention_layernorm(x), self.mlp
+        return x + mlp.down_proj(F.silu(mlp.gate_proj(h)) * mlp.up_proj(h))
 
 class Llama(nn.Module):
     """The whole model; its parameters are named as in Hugging Face's files, less the leading 'model.'."""
@@ -502,62 +349,51 @@ class Llama(nn.Module):
         self.cfg, self.grad_checkpoint = cfg, False
         self.embed_tokens = nn.Embedding(cfg.vocab_size, cfg.n_embd)
         self.layers = nn.ModuleList(Block(cfg, i) for i in range(cfg.n_layer))
-        self.norm = RMSNorm(cfg.n_embd, cfg.eps)
+        self.norm = nn.RMSNorm(cfg.n_embd, cfg.eps)
         if not cfg.tied:
             self.lm_head = Linear(cfg.n_embd, cfg.vocab_size)
-
     def forward(self, ids, pos=None, mask=None, cache=None):
         """ids, pos (B, T), mask (B, 1, T, S) bool or None for plain causal -> hidden states (B, T, C), for logits()."""
-        start = cache.T if cache is not None else 0
+        T, past = ids.size(1), cache.T if cache else 0
         if pos is None:
-            pos = torch.arange(start, start + ids.size(1), device=ids.device)[None]
+            pos = torch.arange(past, past + T, device=ids.device)[None]
+        if mask is None and T > 1:
+            mask = torch.ones(T, past + T, dtype=torch.bool, device=ids.device).tril(past)[None, None]
         x = self.embed_tokens(ids)                                      # (B, T, C)
         cos, sin = rotary(self.cfg, pos, x.dtype)
         for block in self.layers:
-            if self.grad_checkpoint and torch.is_grad_enabled():
-                x = checkpoint(block, x, cos, sin, mask, cache, use_reentrant=False)
-            else:
-                x = block(x, cos, sin, mask, cache)
-        if cache is not None:
-            cache.T += ids.size(1)
+            again = self.grad_checkpoint and torch.is_grad_enabled()
+            x = checkpoint(block, x, cos, sin, mask, cache, use_reentrant=False) if again else block(x, cos, sin, mask, cache)
+        if cache:
+            cache.T += T
         return self.norm(x)
-
     def logits(self, x):
         """(..., C) -> (..., V), where someone asks for them: the head is a fifth of a small model's work."""
         return F.linear(x, self.embed_tokens.weight) if self.cfg.tied else self.lm_head(x)
 
+def linears(model):
+    """{name: Linear} of the blocks: what is quantized and what gets LoRA; the head is neither, as in QLoRA."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, Linear) and n != "lm_head"}
+
 def stored_name(name):
     return name if name.startswith("lm_head") else "model." + name
 
-# ---- part 4: the idea: NF4 (QLoRA, arXiv 2305.14314) and LoRA (arXiv 2106.09685) ------------------------------------------
+# ---- the idea, first half: 4 bits by NF4 (QLoRA, arXiv 2305.14314) -----------------------------------------------------------
 
 # quantiles of a normal distribution, scaled to [-1, 1], with an exact zero (QLoRA, appendix E; bitsandbytes' digits)
 NF4_CODE = torch.tensor([
-    -1, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
-    -0.09105003625154495, 0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1])
+    -1, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334, -0.09105003625154495,
+    0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
+    0.7229568362236023, 1])
 MIDPOINTS = (NF4_CODE[1:] + NF4_CODE[:-1]) / 2
 BLOCK, BLOCK2 = 64, 256         # weights that share a maximum; maxima that share one when they are quantized too
-CHUNK = 1 << 18                 # elements worked on at once on the CPU: they stay in a core's cache; torch splits more
+CHUNK = 1 << 18                 # elements worked on at once: they stay in a core's cache
 
-@dataclasses.dataclass
-class NF4:
+class NF4(collections.namedtuple("NF4", "packed absmax shape block nested")):
     """A matrix in 4 bits: two codes a byte, the first in the high nibble, times a maximum per block, row-major.
-
-    nested: None, or (code, absmax, offset, block) with which absmax, then uint8, is itself dequantized.
-    """
-    packed: torch.Tensor
-    absmax: torch.Tensor
-    shape: tuple
-    block: int = BLOCK
-    nested: tuple | None = None
-
+    nested: None, or (code, absmax, offset, block) with which absmax, then uint8, is itself dequantized."""
     def nbytes(self):
         return sum(t.nbytes for t in (self.packed, self.absmax, *(self.nested or ())) if torch.is_tensor(t))
-
-    def head(self, n):
-        """The first n elements as a row: to look at without unpacking all."""
-        return NF4(self.packed[:(n + 1) // 2], self.absmax[:-(-n // self.block)], (n,), self.block, self.nested)
 
 @functools.lru_cache
 def dynamic_map():
@@ -566,52 +402,33 @@ def dynamic_map():
     means = torch.cat([10**(e - 6) * ((x[:-1] + x[1:]) / 2) for e, x in enumerate(edges)])
     return torch.cat([-means, means, torch.tensor([0., 1.])]).sort().values
 
-def in_chunks(n, device, work):
-    """Call work(begin, end) over n elements: all at once, but on the CPU piece by piece and on as many threads as torch uses."""
-    if device.type != "cpu" or n <= CHUNK:
-        return work(0, n)
-
-    @torch.inference_mode()                     # a thread's own setting; what is made in it may be written to in it only
-    def piece(i):
-        work(i, min(i + CHUNK, n))
-    with concurrent.futures.ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        list(pool.map(piece, range(0, n, CHUNK)))
-
 @functools.lru_cache
 @torch.inference_mode(False)                # they outlive the call that first wants them
-def tables():
-    """For the CPU, where looking up is quicker than computing: low codes and thresholds by key, quads by two bytes."""
+def tables(device):
+    """Looking up is quicker than computing: codes and thresholds by a float's upper half, pairs of weights by a byte."""
     # a float32's upper half leaves an interval so small that at most one midpoint lies in it: code = low + (x > threshold)
     top = torch.arange(65536, dtype=torch.int32) << 16
     ends = torch.stack([top.view(torch.float32), (top | 0xffff).view(torch.float32)]).nan_to_num(0).sort(0).values
     low, high = torch.bucketize(ends, MIDPOINTS)
     threshold = torch.where(high > low, MIDPOINTS[low.clamp(max=14)], torch.inf)
-    # two packed bytes -> four floats, fetched as one number of 16 bytes; the byte that comes first in memory is the lower one
-    pairs = torch.stack([NF4_CODE.repeat_interleave(16), NF4_CODE.repeat(16)], 1)               # (256, 2)
-    quads = torch.cat([pairs.repeat(256, 1), pairs.repeat_interleave(256, 0)], 1)               # (65536, 4)
-    return low.to(torch.uint8), threshold, quads.view(torch.complex128).view(-1)
+    pairs = torch.stack([NF4_CODE.repeat_interleave(16), NF4_CODE.repeat(16)], 1)       # (256, 2), fetched as 8 bytes at once
+    return low.to(device, torch.uint8), threshold.to(device), pairs.view(torch.int64)[:, 0].to(device)
 
 def quantize_nf4(w, double=True):
     """w, a float tensor of any shape -> NF4. Codes and maxima are bitsandbytes', bit for bit; a tie goes to the lower code."""
-    n = w.numel()
-    flat = F.pad(w.detach().reshape(-1), (0, -n % BLOCK)) if n % BLOCK else w.detach().reshape(-1)
-    packed = torch.empty(len(flat) // 2, dtype=torch.uint8, device=w.device)
-    absmax, nested = torch.empty(len(flat) // BLOCK, device=w.device), None
-
-    def work(i, end):
-        x = flat[i:end].view(-1, BLOCK).float()
-        top = torch.amax(x.abs(), 1, out=absmax[i // BLOCK:end // BLOCK])
-        x = x * (1 / top.clamp(min=1e-38))[:, None]             # the reciprocal first, as bitsandbytes: last bits differ
-        if w.device.type == "cpu":
-            low, threshold, _ = tables()
-            key = ((x.view(torch.int32) >> 16) & 0xffff).view(-1)               # the upper half of each float
-            code = low.index_select(0, key).view(x.shape) + (x > threshold.index_select(0, key).view(x.shape))
-        else:
-            code = torch.bucketize(x, MIDPOINTS.to(w.device), out_int32=True).to(torch.uint8)
-        torch.add(code[:, ::2] << 4, code[:, 1::2], out=packed[i // 2:end // 2].view(-1, BLOCK // 2))
-    in_chunks(len(flat), w.device, work)
+    n, device, flat, nested = w.numel(), w.device, w.detach().reshape(-1), None
+    flat = F.pad(flat, (0, -n % BLOCK)) if n % BLOCK else flat
+    packed, absmax = torch.empty(len(flat) // 2, dtype=torch.uint8, device=device), torch.empty(len(flat) // BLOCK, device=device)
+    low, threshold, _ = tables(device)
+    for i in range(0, len(flat), CHUNK):
+        x = flat[i:i + CHUNK].view(-1, BLOCK).float()
+        top = absmax[i // BLOCK:(i + CHUNK) // BLOCK].copy_(x.abs().amax(1))
+        x = (x * (1 / top.clamp(min=1e-38))[:, None]).view(-1)          # the reciprocal first, as bitsandbytes: last bits differ
+        key = (x.view(torch.int32) >> 16) & 0xffff                      # the upper half of each float
+        code = low.index_select(0, key) + (x > threshold.index_select(0, key))
+        torch.add(code[::2] << 4, code[1::2], out=packed[i // 2:(i + CHUNK) // 2])
     if double:
-        offset, code = absmax.mean(), dynamic_map().to(w.device)
+        offset, code = absmax.mean(), dynamic_map().to(device)
         rows = F.pad(absmax - offset, (0, -len(absmax) % BLOCK2)).view(-1, BLOCK2)
         top = rows.abs().amax(1)
         rows = torch.bucketize(rows * (1 / top.clamp(min=1e-38))[:, None], (code[1:] + code[:-1]) / 2)
@@ -620,66 +437,57 @@ def quantize_nf4(w, double=True):
 
 def dequantize_nf4(q, dtype):
     """NF4 -> a tensor of its shape. The product is made in fp32 and rounded once, as in bitsandbytes."""
-    n, device, absmax = math.prod(q.shape), q.packed.device, q.absmax
-    if device.type == "cuda" and triton:
-        return dequantize_triton(q, dtype)
+    n, packed, absmax = math.prod(q.shape), q.packed, q.absmax
+    if triton and (packed.is_cuda or INTERPRETED) and n % 2 == 0:
+        out = torch.empty(q.shape, dtype=dtype, device=packed.device)
+        dequantize_kernel[(triton.cdiv(n, 2048),)](*kernel_arguments(q), out, n // 2, TILE=1024)
+        return out
     if q.nested:
         code, top, offset, block = q.nested
         absmax = code[absmax.int()] * top.repeat_interleave(block)[:len(absmax)] + offset
-    packed = F.pad(q.packed, (0, -len(q.packed) % (q.block // 2)))
-    if device.type != "cpu":
-        code = NF4_CODE.to(device)
-        x = torch.stack([code[(packed >> 4).int()], code[(packed & 15).int()]], 1).view(-1, q.block)
-        return (x * absmax[:, None]).to(dtype).view(-1)[:n].view(q.shape)
-    quads, keys, out = tables()[2], packed.view(torch.uint16), torch.empty(2 * len(packed), dtype=dtype)
-
-    def work(i, end):
-        x = quads.index_select(0, keys[i // 4:end // 4].int()).view(torch.float32).view(-1, q.block)
-        torch.mul(x, absmax[i // q.block:end // q.block, None], out=x)
-        out[i:end].view(-1, q.block).copy_(x)
-    in_chunks(len(out), device, work)
+    packed = F.pad(packed, (0, -len(packed) % (q.block // 2))) if 2 * len(packed) % q.block else packed
+    pairs, out = tables(packed.device)[2], torch.empty(2 * len(packed), dtype=dtype, device=packed.device)
+    for i in range(0, len(out), CHUNK):
+        x = pairs.index_select(0, packed[i // 2:(i + CHUNK) // 2].int()).view(torch.float32).view(-1, q.block)
+        out[i:i + CHUNK].view(-1, q.block).copy_(x.mul_(absmax[i // q.block:(i + CHUNK) // q.block, None]))
     return out[:n].view(q.shape)
 
-triton = None
-if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
-    try:
-        import triton
-        import triton.language as tl
-    except ImportError:         # torch for Windows comes without it
-        pass
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+try:
+    import triton
+    import triton.language as tl
+except ImportError:             # torch for macOS and Windows comes without it
+    triton = None
 if triton:
     @triton.jit
-    def maxima(absmax, code2, absmax2, offset, at, block2, NESTED: tl.constexpr):
-        """absmax of the blocks numbered `at`, through the second quantization where there is one"""
-        if NESTED:
-            return tl.load(code2 + tl.load(absmax + at).to(tl.int32)) * tl.load(absmax2 + at // block2) + offset
-        return tl.load(absmax + at)
-
+    def two_weights(i, packed, absmax, code, code2, absmax2, offset, block, block2):
+        """The two weights in each of the bytes numbered i; both quantizations undone where there are two."""
+        byte = tl.load(packed + i).to(tl.int32)
+        at = 2 * i // block
+        if absmax.dtype.element_ty == tl.uint8:
+            top = tl.load(code2 + tl.load(absmax + at).to(tl.int32)) * tl.load(absmax2 + at // block2) + offset
+        else:
+            top = tl.load(absmax + at)
+        return tl.load(code + (byte >> 4)) * top, tl.load(code + (byte & 15)) * top
     @triton.jit
-    def dequantize_kernel(packed, absmax, code, code2, absmax2, offset, block, block2, out, n,
-                          NESTED: tl.constexpr, TILE: tl.constexpr):
-        """out[2i], out[2i + 1] = the two weights of packed[i], n bytes in all: both quantizations undone in one pass"""
+    def dequantize_kernel(packed, absmax, code, code2, absmax2, offset, block, block2, out, n, TILE: tl.constexpr):
+        """out[2i], out[2i + 1] = the two weights of packed[i], n bytes in all"""
         i = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
         i = tl.minimum(i, n - 1)                                        # the last tile writes its last byte several times
-        byte = tl.load(packed + i).to(tl.int32)
-        top = maxima(absmax, code2, absmax2, offset, 2 * i // block, block2, NESTED)
-        tl.store(out + 2 * i, (tl.load(code + (byte >> 4)) * top).to(out.dtype.element_ty))
-        tl.store(out + 2 * i + 1, (tl.load(code + (byte & 15)) * top).to(out.dtype.element_ty))
-
+        first, second = two_weights(i, packed, absmax, code, code2, absmax2, offset, block, block2)
+        tl.store(out + 2 * i, first.to(out.dtype.element_ty))
+        tl.store(out + 2 * i + 1, second.to(out.dtype.element_ty))
     @triton.jit
-    def matvec_kernel(packed, absmax, code, code2, absmax2, offset, block, block2, x, y, n_out, half,
-                      NESTED: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr):
-        """y (n_out) = W x, W (n_out, 2 * half) in NF4: each weight is read once, as 4 bits, and never written"""
+    def matvec_kernel(packed, absmax, code, code2, absmax2, offset, block, block2, x, y, n_out, n, TILE: tl.constexpr, ROWS: tl.constexpr):
+        """y (n_out) = W x, W (n_out, 2 n) in NF4: each weight is read once, as 4 bits, and never written"""
         row = tl.minimum(tl.program_id(0) * ROWS + tl.arange(0, ROWS), n_out - 1)[:, None].to(tl.int64)     # (ROWS, 1)
         total = tl.zeros((ROWS, TILE), tl.float32)
-        for start in range(0, half, TILE):
+        for start in range(0, n, TILE):
             j = start + tl.arange(0, TILE)[None, :]                     # (1, TILE) bytes of each row
-            i = row * half + tl.minimum(j, half - 1)                    # (ROWS, TILE)
-            byte = tl.load(packed + i).to(tl.int32)
-            top = maxima(absmax, code2, absmax2, offset, 2 * i // block, block2, NESTED)
-            even = tl.load(x + 2 * j, mask=j < half, other=0).to(tl.float32)
-            odd = tl.load(x + 2 * j + 1, mask=j < half, other=0).to(tl.float32)
-            total += top * (tl.load(code + (byte >> 4)) * even + tl.load(code + (byte & 15)) * odd)
+            i = row * n + tl.minimum(j, n - 1)                    # (ROWS, TILE)
+            first, second = two_weights(i, packed, absmax, code, code2, absmax2, offset, block, block2)
+            total += first * tl.load(x + 2 * j, mask=j < n, other=0).to(tl.float32)
+            total += second * tl.load(x + 2 * j + 1, mask=j < n, other=0).to(tl.float32)
         tl.store(y + row, tl.sum(total, 1)[:, None].to(y.dtype.element_ty))
 
 def kernel_arguments(q):
@@ -687,29 +495,17 @@ def kernel_arguments(q):
     code2, absmax2, offset, block2 = q.nested or (q.absmax, q.absmax, 0.0, 1)
     return q.packed, q.absmax, NF4_CODE.to(q.packed.device), code2, absmax2, offset, q.block, block2
 
-def dequantize_triton(q, dtype):
-    """dequantize_nf4 in one kernel; the number of elements must be even."""
-    out, n = torch.empty(q.shape, dtype=dtype, device=q.packed.device), len(q.packed)
-    dequantize_kernel[(triton.cdiv(n, 1024),)](*kernel_arguments(q), out, n, NESTED=q.nested is not None, TILE=1024)
-    return out
-
-def matvec_triton(q, x):
-    """x (n_in,) -> W x (n_out,), straight from the 4 bits; n_in must be even."""
-    (n_out, n_in), y = q.shape, x.new_empty(q.shape[0])
-    matvec_kernel[(triton.cdiv(n_out, 4),)](*kernel_arguments(q), x, y, n_out, n_in // 2, NESTED=q.nested is not None,
-                                            ROWS=4, TILE=256)
-    return y
-
 class MatMul4(torch.autograd.Function):
     """x W^T with W in NF4. W is unpacked anew for the backward pass: kept, all layers together are the 16-bit model."""
     @staticmethod
     def forward(ctx, x, q):
         ctx.q = q
         return F.linear(x, dequantize_nf4(q, x.dtype))
-
     @staticmethod
     def backward(ctx, g):
         return g @ dequantize_nf4(ctx.q, g.dtype), None
+
+# ---- the idea, second half: LoRA (arXiv 2106.09685) --------------------------------------------------------------------------
 
 class Linear(nn.Module):
     """y = x W^T, W (n_out, n_in) plain or in NF4, plus LoRA's scale * (dropout(x) A^T) B^T where there is one."""
@@ -717,12 +513,13 @@ class Linear(nn.Module):
         super().__init__()
         self.weight, self.q, self.shape = nn.Parameter(torch.empty(n_out, n_in)), None, (n_out, n_in)
         self.lora_A = self.lora_B = None
-
     def forward(self, x):
+        n_out, n_in = self.shape
         if self.q is None:
             y = F.linear(x, self.weight)
-        elif x.is_cuda and triton and x.numel() == x.size(-1) and not torch.is_grad_enabled():
-            y = matvec_triton(self.q, x.reshape(-1)).view(*x.shape[:-1], -1)
+        elif triton and (x.is_cuda or INTERPRETED) and x.numel() == n_in and n_in % 2 == 0 and not torch.is_grad_enabled():
+            y = x.new_empty(*x.shape[:-1], n_out)                       # one token of one sequence
+            matvec_kernel[(triton.cdiv(n_out, 4),)](*kernel_arguments(self.q), x.contiguous(), y, n_out, n_in // 2, ROWS=4, TILE=256)
         else:
             y = MatMul4.apply(x, self.q)
         if self.lora_A is not None:
@@ -730,204 +527,92 @@ class Linear(nn.Module):
             y = y + (F.linear(F.linear(z, self.lora_A), self.lora_B) * self.scale).to(y.dtype)
         return y
 
-    def add_lora(self, r, alpha, dropout=0.0, rslora=False, A=None, B=None):
-        """Put a rank-r update on top: A (r, n_in) uniform as in nn.Linear, B (n_out, r) zero: it begins as the identity."""
-        (n_out, n_in), device = self.shape, (self.weight if self.q is None else self.q.packed).device
-        if A is None:
-            A, B = torch.empty(r, n_in).uniform_(-n_in**-0.5, n_in**-0.5), torch.zeros(n_out, r)
-        # fp32 whatever W is: bfloat16's 8 bits would swallow steps of a thousandth of a value
-        self.lora_A, self.lora_B = (nn.Parameter(t.to(device, torch.float32)) for t in (A, B))
-        self.scale, self.dropout = alpha / (r**0.5 if rslora else r), dropout
-
-    def merged(self, weight):
-        """weight (n_out, n_in) + scale * B A in its dtype, summed in fp32; weight itself where there is no update."""
-        if self.lora_A is None:
-            return weight
-        return (weight.float() + self.scale * (self.lora_B @ self.lora_A).detach().to(weight.device)).to(weight.dtype)
-
-def linears(model):
-    """{name: Linear} of the blocks: what is quantized and what gets LoRA; the head is neither, as in QLoRA."""
-    return {n: m for n, m in model.named_modules() if isinstance(m, Linear) and n != "lm_head"}
-
 def lora_parameters(model):
     return {n: p for n, p in model.named_parameters() if n.endswith(("lora_A", "lora_B"))}
 
-def add_lora(model, args):
-    """Freeze the model and put a fresh update on args.targets."""
+def add_lora(model, args, names=None):
+    """Freeze the model and put a fresh update on the layers of these names, or on args.targets: A (r, n_in) uniform as in
+    nn.Linear, B (n_out, r) zero, so that it begins as the identity."""
     torch.manual_seed(args.seed)
     model.requires_grad_(False)
     for name, m in linears(model).items():
-        if name.split(".")[-1] in args.targets:
-            m.add_lora(args.lora_r, args.lora_alpha, args.lora_dropout, args.rslora)
+        if name in names if names else name.split(".")[-1] in args.targets:
+            (n_out, n_in), r, device = m.shape, args.lora_r, (m.q.packed if m.q else m.weight).device
+            # fp32 whatever W is: bfloat16's 8 bits would swallow steps of a thousandth of a value
+            m.lora_A = nn.Parameter(torch.empty(r, n_in).uniform_(-n_in**-0.5, n_in**-0.5).to(device))
+            m.lora_B = nn.Parameter(torch.zeros(n_out, r, device=device))
+            m.scale, m.dropout = args.lora_alpha / (r**0.5 if args.rslora else r), args.lora_dropout
 
-# ---- part 5: files: safetensors, model folders, adapters ------------------------------------------------------------------
+# ---- files: model folders and adapters ---------------------------------------------------------------------------------------
 
-SAFE = dict(F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16, I64=torch.int64, I32=torch.int32,
-            I16=torch.int16, I8=torch.int8, U8=torch.uint8, BOOL=torch.bool)
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-
-def read_header(path):
-    """A safetensors file's table: {name: (path, dtype, shape, begin, end)}, in bytes of the file, checked against its size.
-
-    The file is 8 bytes of length, so much JSON, then the tensors without a gap (safetensors' README).
-    """
-    size, table = os.path.getsize(path), {}
-    with open(path, "rb") as f:
-        n = int.from_bytes(f.read(8), "little")
-        raw, end = f.read(n) if 8 + n <= size and n <= 100 << 20 else b"", 8 + n
-    try:
-        head = json.loads(raw)
-        head.pop("__metadata__", None)
-        for name, e in sorted(head.items(), key=lambda item: item[1]["data_offsets"]):
-            dtype, shape, (begin, stop) = SAFE[e["dtype"]], tuple(e["shape"]), e["data_offsets"]
-            if not all(type(v) is int and v >= 0 for v in (begin, stop, *shape)) or 8 + n + begin != end:
-                raise ValueError
-            if stop - begin != math.prod(shape) * dtype.itemsize:
-                raise ValueError
-            table[name], end = (path, dtype, shape, end, 8 + n + stop), 8 + n + stop
-        if end != size:
-            raise ValueError
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        sorry(f"{path} ({size} bytes) is no whole safetensors file of common types; fetch it again")
-    return table
-
-def map_tensor(path, dtype, shape, begin, end):
-    """One tensor of a safetensors file as a view of its pages; they leave memory with the tensor."""
-    if begin == end:
-        return torch.empty(shape, dtype=dtype)
-    base = begin - begin % mmap.ALLOCATIONGRANULARITY
-    with open(path, "rb") as f:
-        pages = mmap.mmap(f.fileno(), end - base, access=mmap.ACCESS_COPY, offset=base)
-    return torch.frombuffer(pages, dtype=torch.uint8, offset=begin - base).view(dtype).view(shape)
-
-def write_safetensors(path, spec, tensor_of):
-    """spec {name: (dtype, shape)}; tensor_of(name) is asked for one tensor at a time: they need not all be in memory."""
-    at, table, code = 0, {"__metadata__": {"format": "pt"}}, {v: k for k, v in SAFE.items()}
-    for name, (dtype, shape) in spec.items():
-        end = at + math.prod(shape) * dtype.itemsize
-        table[name], at = dict(dtype=code[dtype], shape=list(shape), data_offsets=[at, end]), end
-    head = json.dumps(table).encode()
-    head += b" " * (-len(head) % 8)             # tensors begin on a multiple of 8
-    with common.whole_file(path) as part, open(part, "wb") as f:
-        f.write(len(head).to_bytes(8, "little") + head)
-        for name, (dtype, _) in spec.items():
-            f.write(tensor_of(name).detach().to("cpu", dtype).contiguous().view(-1).view(torch.uint8).numpy())
-
-def find_tensors(folder):
-    """All tensors of a model folder, in one file or in shards: {name: (path, dtype, shape, begin, end)}."""
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if not index.exists():
-        return read_header(single) if single.exists() else sorry(f"{folder} has no model.safetensors (.bin is not read)")
-    where = read_json(index).get("weight_map")
-    if not isinstance(where, dict) or not all(isinstance(f, str) and f and os.path.basename(f) == f for f in where.values()):
-        sorry(f"{index} lacks a weight_map from tensors to files beside it")
-    gone = next((f for f in where.values() if not (folder / f).exists()), None)
-    if gone:
-        sorry(f"{folder / gone} is missing, though {index.name} names it")
-    return {name: entry for file in sorted({*where.values()}) for name, entry in read_header(folder / file).items()}
-
-def stored_nf4(name, found, device):
-    """An NF4 as bitsandbytes writes it: beside `name` lie its .absmax, .quant_map, .quant_state and, if nested, two more."""
-    try:
-        packed, absmax, code = (map_tensor(*found[name + n]).to(device, copy=True) for n in ("", ".absmax", ".quant_map"))
-        state, nested = json.loads(map_tensor(*found[f"{name}.quant_state.bitsandbytes__nf4"]).numpy().tobytes()), None
-        shape, block, sizes = tuple(state["shape"]), state["blocksize"], (32, 64, 128, 256, 512, 1024, 2048, 4096)
-        if "nested_blocksize" in state:
-            code2, top = (map_tensor(*found[f"{name}.nested_{n}"]).to(device, copy=True) for n in ("quant_map", "absmax"))
-            nested = code2, top, float(state["nested_offset"]), state["nested_blocksize"]
-            fine = nested[3] in sizes and code2.dtype == top.dtype == torch.float32 and absmax.dtype == torch.uint8
-            fine = fine and code2.shape == (256,) and top.shape == (-(-len(absmax) // nested[3]),)
-        else:
-            fine = absmax.dtype == torch.float32
-        n = math.prod(shape)
-        if not (fine and block in sizes and packed.dtype == torch.uint8 and packed.numel() == (n + 1) // 2
-                and absmax.shape == (-(-n // block),) and torch.equal(code.cpu(), NF4_CODE)):
-            raise ValueError
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, RuntimeError):
-        sorry(f"{found[name][0]}: {name} is not in bitsandbytes' NF4 layout, the only quantized one that is read")
-    return NF4(packed.view(-1), absmax, shape, block, nested)
-
-def load_model(folder, dtype="auto", four_bit=False, double=True, device="cpu", fused=True, quiet=False):
-    """A model folder -> Llama without gradients. Tensors come one by one: the peak is the loaded model plus one of them.
-
-    four_bit quantizes the blocks' linear layers to NF4; what bitsandbytes stored in NF4 stays so in any case.
-    """
-    folder, tic = pathlib.Path(folder), time.time()
-    if not (folder / "config.json").exists():
-        sorry(f"{folder} has no config.json")
-    cfg, found = read_config(folder / "config.json"), find_tensors(folder)
-    layers = {n.split(".")[2] for n in found if n.startswith("model.layers.")}
-    if cfg.n_layer != len(layers):                              # before a structure of a billion layers is made
-        sorry(f"{folder} holds {len(layers)} layers, its config.json says {cfg.n_layer}")
-    if cfg.quantized and not any("bitsandbytes__nf4" in n for n in found):
-        sorry(f"{folder} is quantized, and not as bitsandbytes' NF4, the only such layout that is read")
-    dtype = DTYPES["float32" if "float32" in cfg.dtype else "bfloat16"] if dtype == "auto" else DTYPES[dtype]
-    total = linear = size = seen = 0
-    worst, error = torch.zeros(()), torch.zeros((), dtype=torch.float64)
-    with torch.device("meta"):                                  # the structure alone, no memory yet
-        model = Llama(cfg)
-    for name, p in tqdm(list(model.named_parameters()), desc="load", unit="tensor", disable=True if quiet else None):
-        owner, full = model.get_submodule(name.rpartition(".")[0]), stored_name(name)
-        if full not in found:
-            sorry(f"{folder} lacks the tensor {full}")
-        path, kind, shape, *_ = found[full]
-        inner = isinstance(owner, Linear) and full != "lm_head.weight"
-        if inner and f"{full}.quant_state.bitsandbytes__nf4" in found:
-            owner.q = stored_nf4(full, found, device)
-            shape, kind = owner.q.shape, dtype
-        if shape != tuple(p.shape) or kind not in FLOATS:
-            sorry(f"{path}: {full} is {kind} {list(shape)}; floats of 16 or 32 bits, {list(p.shape)}, were expected")
-        if inner and owner.q is None and four_bit:
-            w = map_tensor(*found[full]).to(device)
-            owner.q, n = quantize_nf4(w, double), min(1 << 20, p.numel())
-            off = (dequantize_nf4(owner.q.head(n), torch.float32) - w.view(-1)[:n].float()).abs().cpu()
-            worst, error, seen = torch.maximum(worst, off.max()), error + off.sum(), seen + n
-        dense = not (inner and owner.q)
-        owner.weight = nn.Parameter(map_tensor(*found[full]).to(device, dtype, copy=True), False) if dense else None
-        total, linear = total + p.numel(), linear + p.numel() * inner
-        size += (owner.weight.nbytes if dense else owner.q.nbytes()) * inner
-    for block in model.layers:
-        block.self_attn.fused = fused
-    if not quiet:
-        print(f"loaded {folder}: {total / 1e6:.2f}M parameters, {8 * size / linear:.3f} bits per linear weight, "
-              f"{time.time() - tic:.1f} s")
-    if seen and not quiet:
-        print(f"NF4's error: at most {worst:.4g}, {error / seen:.4g} on average (first million weights of each matrix)")
-    return model.eval()
+STATE = ".quant_state.bitsandbytes__nf4"            # what bitsandbytes keeps beside an NF4 matrix and nowhere else
 
 def fetch_model(name):
     """A folder as it is, or a Hub id's files, downloaded to out/hub (resumed, sizes and hashes checked). -> the folder"""
     if pathlib.Path(name).is_dir():
         return pathlib.Path(name)
-    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
-        sorry(f"--model {name}: no such folder, and no Hub id (owner/name) either")
-    folder, hub = pathlib.Path("out/hub") / name, os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    if (folder / "whole").exists():
-        return folder
-    import requests
-    headers = {"Authorization": f"Bearer {os.environ['HF_TOKEN']}"} if os.environ.get("HF_TOKEN") else {}
-    try:
-        answer = requests.get(f"{hub}/api/models/{name}/tree/main", headers=headers, timeout=30)
-        if answer.status_code in (401, 403, 404):
-            sorry(f"the Hub refuses {name} (HTTP {answer.status_code}); if it is gated, ask for access there and set HF_TOKEN")
-        answer.raise_for_status()
-        files = {f["path"]: (f["size"], f.get("lfs", {}).get("oid")) for f in answer.json() if f["type"] == "file"}
-    except (requests.RequestException, ValueError, KeyError, TypeError, AttributeError) as e:
-        sorry(f"cannot ask {hub} for {name} ({type(e).__name__}); without a --model nothing is downloaded")
-    shards = r"model-[\w-]+" if "model.safetensors.index.json" in files else "model"
-    wanted = [f for f in files if re.fullmatch(rf"config\.json|tokenizer\.(json|model)|{shards}\.safetensors(\.index\.json)?"
-                                               r"|model\.safetensors\.index\.json", f)]
-    if not any(f.endswith(".safetensors") for f in wanted):
-        sorry(f"{name} holds no safetensors files (.bin and .pth are not read)")
-    for f in wanted:
-        common.download(f"{hub}/{name}/resolve/main/{f}", folder / f, *files[f], headers=headers)
-    write_json(folder / "whole", wanted)
+    re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) or sorry(f"--model {name}: no such folder, and no Hub id (owner/name) either")
+    folder, hub, token = pathlib.Path("out/hub") / name, os.environ.get("HF_ENDPOINT", "https://huggingface.co"), os.environ.get("HF_TOKEN")
+    if not (folder / "config.json").exists():       # it comes last: where it is, all is
+        import requests
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        with reading(f"{hub}'s list of {name}"):
+            answer = requests.get(f"{hub}/api/models/{name}/tree/main", headers=headers, timeout=30)
+            answer.ok or sorry(f"{hub} refuses {name} (HTTP {answer.status_code}); if it is gated, ask for access there and set HF_TOKEN")
+            files = {f["path"]: (f["size"], f.get("lfs", {}).get("oid")) for f in answer.json() if f["type"] == "file"}
+        wanted = [f for f in files if re.fullmatch(r"model[\w-]*\.safetensors(\.index\.json)?|tokenizer\.(json|model)|config\.json", f)]
+        any(f.endswith(".safetensors") for f in wanted) or sorry(f"{name} holds no safetensors files (.bin and .pth are not read)")
+        for f in sorted(wanted, key="config.json".__eq__):
+            common.download(f"{hub}/{name}/resolve/main/{f}", folder / f, *files[f], headers=headers)
     return folder
+
+def stored_nf4(name, found, device):
+    """An NF4 as bitsandbytes writes it: beside `name` lie its .absmax, .quant_map, .quant_state and, if nested, two more."""
+    with reading(f"{name} in {found[name].path}, which should be in bitsandbytes' NF4 layout,"):
+        state = json.loads(bytes(found[name + STATE].tensor().tolist()))
+        shape, block, block2 = tuple(state["shape"]), state["blocksize"], state.get("nested_blocksize")
+        n_blocks, sizes, small, full = -(-math.prod(shape) // block), [2**i for i in range(5, 13)], torch.uint8, torch.float32
+        parts = {"": ((math.prod(shape) + 1) // 2, small), ".absmax": (n_blocks, small if block2 else full), ".quant_map": (16, full)}
+        parts |= {".nested_quant_map": (256, full), ".nested_absmax": (-(-n_blocks // block2), full)} if block2 else {}
+        fit = all((math.prod(found[name + k].shape), found[name + k].dtype) == part for k, part in parts.items())
+        packed, absmax, code, *nested = (found[name + k].tensor().view(-1).to(device, copy=True) for k in parts)
+        if not fit or block not in sizes or block2 not in [None, *sizes] or not torch.equal(code.cpu(), NF4_CODE):
+            raise ValueError("its parts do not fit each other")
+        return NF4(packed, absmax, shape, block, (*nested, float(state["nested_offset"]), block2) if block2 else None)
+
+def load_model(folder, dtype="auto", four_bit=False, double=True, device="cpu", quiet=False):
+    """A model folder -> Llama without gradients. Tensors come one by one: the peak is the loaded model plus one of them.
+    four_bit quantizes the blocks' linear layers to NF4; what bitsandbytes stored in NF4 stays so in any case."""
+    folder, tic = pathlib.Path(folder), time.time()
+    cfg, found = read_config(folder / "config.json"), find_tensors(folder)
+    n_layer = len({n.split(".")[2] for n in found if n.startswith("model.layers.")})       # before a billion of them are made
+    cfg.n_layer == n_layer or sorry(f"{folder} holds {n_layer} layers, its config.json says {cfg.n_layer}")
+    not cfg.quantized or any(n.endswith(STATE) for n in found) or sorry(f"{folder} is quantized, and not in bitsandbytes' NF4 layout")
+    dtype = FLOATS[dtype if dtype != "auto" else "float32" if "float32" in cfg.dtype else "bfloat16"]
+    with reading(folder / "config.json"), torch.device("meta"):             # the structure alone, no memory yet
+        model = Llama(cfg)
+    inner, worst, off, seen = linears(model), 0.0, 0.0, 0
+    for name, p in tqdm(list(model.named_parameters()), desc="load", unit="tensor", disable=True if quiet else None):
+        full, owner = stored_name(name), model.get_submodule(name.removesuffix(".weight"))
+        full in found or sorry(f"{folder} lacks the tensor {full}")
+        x, q = found[full], stored_nf4(full, found, device) if full + STATE in found else None
+        fits = (q or x).shape == tuple(p.shape) and (q or x.dtype in FLOATS.values())
+        fits or sorry(f"{full} in {x.path} is {x.dtype} {(q or x).shape}; floats of {tuple(p.shape)} were expected")
+        if four_bit and owner in inner.values() and not q:
+            w = x.tensor().to(device)
+            q, part = quantize_nf4(w, double), w[:1 + (1 << 20) // w.size(1)]                   # a million weights tell enough:
+            error = (dequantize_nf4(quantize_nf4(part, double), torch.float32) - part.float()).abs()
+            worst, off, seen = max(worst, error.max().item()), off + error.sum().item(), seen + part.numel()
+        owner.q, owner.weight = q, None if q else nn.Parameter(x.tensor().to(device, dtype, copy=True), False)
+    if not quiet:
+        size, n = sum(m.q.nbytes() if m.q else m.weight.nbytes for m in inner.values()), sum(math.prod(m.shape) for m in inner.values())
+        print(f"loaded {folder} in {time.time() - tic:.1f} s: {8 * size / n:.3f} bits per linear weight"
+              + f"; NF4's error is at most {worst:.4g}, {off / max(1, seen):.4g} on average" * bool(seen))
+    return model.eval()
 
 def save_adapter(model, folder, args, base):
     """The LoRA of a model in peft's format: adapter_config.json and adapter_model.safetensors."""
-    folder = pathlib.Path(folder)
-    tensors = {f"base_model.model.model.{n}.weight": p for n, p in lora_parameters(model).items()}
+    folder, tensors = pathlib.Path(folder), {f"base_model.model.model.{n}.weight": p for n, p in lora_parameters(model).items()}
     write_safetensors(folder / "adapter_model.safetensors", {n: (p.dtype, p.shape) for n, p in tensors.items()}, tensors.get)
     write_json(folder / "adapter_config.json", dict(
         peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=str(base), r=args.lora_r, lora_alpha=args.lora_alpha,
@@ -935,122 +620,96 @@ def save_adapter(model, folder, args, base):
         bias="none", fan_in_fan_out=False, inference_mode=True, init_lora_weights=True))
 
 # what may stand in adapter_config.json without changing what the tensors mean; whatever else is set is refused by name
-HARMLESS = {"task_type", "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "base_model_name_or_path",
-            "revision", "auto_mapping", "inference_mode", "use_rslora", "layers_to_transform", "layers_pattern",
-            "megatron_core", "peft_version", "qalora_group_size", "runtime_config", "ensure_weight_tying"}
-FINE = dict(peft_type=("LORA",), bias=("none", None), init_lora_weights=(True, False, None, "gaussian", "orthogonal"))
+HARMLESS = """task_type r lora_alpha lora_dropout target_modules exclude_modules base_model_name_or_path revision auto_mapping
+    inference_mode use_rslora layers_to_transform layers_pattern megatron_core peft_version qalora_group_size runtime_config""".split()
+FINE = dict(peft_type=["LORA"], bias=["none"], init_lora_weights=[True, "gaussian", "orthogonal"])
 
 def load_adapter(model, folder, args):
     """Put a peft-format adapter on the model; args.lora_r and the like become the adapter's own."""
-    folder, layers, pairs = pathlib.Path(folder), linears(model), {}
-    file = folder / "adapter_model.safetensors"
-    if not (folder / "adapter_config.json").exists() or not file.exists():
-        sorry(f"--adapter: {folder} lacks adapter_config.json or adapter_model.safetensors")
-    c, found = read_json(folder / "adapter_config.json"), read_header(file)
-    odd = [k for k, v in c.items() if v and k not in HARMLESS and k not in FINE] + [k for k in FINE if c.get(k) not in FINE[k]]
-    if odd:
-        sorry(f"{folder}/adapter_config.json sets {odd[0]} to {str(c.get(odd[0]))[:40]}, which is not handled")
-    r, alpha, dropout = c.get("r"), c.get("lora_alpha"), c.get("lora_dropout", 0.0)
-    numbers = all(type(v) in (int, float) and 0 <= v < 1e9 for v in (alpha, dropout))
-    if type(r) is not int or r < 1 or not numbers or dropout >= 1:
-        sorry(f"{folder}/adapter_config.json lacks a good r, lora_alpha or lora_dropout")
-    for name, entry in found.items():
-        m = re.fullmatch(r"base_model\.model\.model\.(.+)\.lora_([AB])\.weight", name)
-        n_out, n_in = layers[m[1]].shape if m and m[1] in layers else (0, 0)
-        if not n_in or entry[2] != ((r, n_in) if m[2] == "A" else (n_out, r)) or entry[1] not in FLOATS:
-            sorry(f"{file}: the tensor {name}, {list(entry[2])}, belongs to no rank-{r} LoRA of this model")
-        pairs.setdefault(m[1], {})[m[2]] = map_tensor(*entry).clone()
-    if not pairs or any(len(p) < 2 for p in pairs.values()):
-        sorry(f"{file} lacks some lora_A or lora_B")
-    args.lora_r, args.lora_alpha, args.lora_dropout, args.rslora = r, float(alpha), float(dropout), bool(c.get("use_rslora"))
-    model.requires_grad_(False)
-    for name, p in pairs.items():
-        layers[name].add_lora(r, alpha, dropout, args.rslora, **p)
+    path, prefix = pathlib.Path(folder) / "adapter_config.json", "base_model.model.model."
+    c, found = read_json(path), read_safetensors(path.with_name("adapter_model.safetensors"))
+    for k, v in c.items():
+        not v or k in HARMLESS or v in FINE.get(k, []) or sorry(f"{path} sets {k} to {str(v)[:40]}, which is not handled")
+    with reading(path):
+        [args.lora_r] = ranks = {x.shape[0] for n, x in found.items() if "lora_A" in n}
+        args.lora_alpha, args.lora_dropout, args.rslora = float(c["lora_alpha"]), float(c["lora_dropout"]), bool(c.get("use_rslora"))
+        if c["r"] != args.lora_r or c["peft_type"] != "LORA" or not 0 <= args.lora_alpha < 1e9 or not 0 <= args.lora_dropout < 1:
+            raise ValueError(f"it speaks of a rank-{c['r']} LoRA, its tensors of {ranks}; or lora_alpha or lora_dropout is out of range")
+    state = {n.removeprefix(prefix).removesuffix(".weight"): x.tensor() for n, x in found.items() if x.dtype in FLOATS.values()}
+    add_lora(model, args, {n.rpartition(".")[0] for n in state})
+    with reading(path.with_name("adapter_model.safetensors")):
+        if not state or len(state) < len(found) or {*state} != {*lora_parameters(model)}:
+            raise ValueError("some of its tensors belong to nothing in this model, or lack their other half")
+        model.load_state_dict(state, strict=False)
 
 def save_merged(model, source, folder, into):
     """Write the model with its LoRA added in as a plain HF folder, tensor by tensor. Each way is exact for something:
     into "4bit", the dequantized NF4 weights: this is the model that was trained and evaluated here;
     into "16", the stored weights: what others compute who load the 16-bit model and the adapter; NF4's error goes out."""
-    source, folder, found = pathlib.Path(source), pathlib.Path(folder), find_tensors(pathlib.Path(source))
-    plain, dtype = {stored_name(n) + ".weight": m for n, m in linears(model).items()}, model.embed_tokens.weight.dtype
-    if into == "16" and any("bitsandbytes__nf4" in n for n in found):
-        sorry(f"--merge 16: {source} holds no 16-bit weights; --merge 4bit merges into what it holds")
-
+    inner, found, dtype = {stored_name(f"{n}.weight"): m for n, m in linears(model).items()}, find_tensors(source), model.norm.weight.dtype
+    into == "4bit" or not any(n.endswith(STATE) for n in found) or sorry(f"--merge 16: {source} holds no 16-bit weights; use 4bit")
     def tensor_of(name):
-        m = plain.get(name)
-        if m is None or into == "16" or m.q is None:
-            return map_tensor(*found[name]) if m is None else m.merged(map_tensor(*found[name]))
-        return m.merged(dequantize_nf4(m.q, torch.float32))
-    spec = {n: (dtype, plain[n].shape if n in plain else e[2]) for n, e in found.items() if n.endswith(".weight")}
+        m = inner.get(name)
+        w = dequantize_nf4(m.q, torch.float32) if m and m.q and into == "4bit" else found[name].tensor()
+        return w.float() + m.scale * (m.lora_B @ m.lora_A).detach().to(w.device) if m and m.lora_A is not None else w
+    spec = {n: (dtype, inner[n].shape if n in inner else x.shape) for n, x in found.items() if n.endswith(".weight")}
     write_safetensors(folder / "model.safetensors", spec, tensor_of)
-    for name in ("tokenizer.json", "tokenizer.model"):
-        if (source / name).exists():
-            shutil.copy(source / name, folder / name)
+    for file in source.glob("tokenizer.*"):
+        shutil.copy(file, folder)
     config = {k: v for k, v in read_json(source / "config.json").items() if k not in ("quantization_config", "dtype")}
     write_json(folder / "config.json", dict(config, torch_dtype=str(dtype).removeprefix("torch.")))
 
-# ---- part 6: generate and evaluate ----------------------------------------------------------------------------------------
+# ---- generate, evaluate, train -----------------------------------------------------------------------------------------------
 
 @torch.inference_mode()
 def generate(model, prompts, max_new, eos, temperature=0.0, top_p=1.0, repetition_penalty=1.0, generator=None):
     """prompts: lists of ids, continued in one batch -> lists of new ids; one that stopped ends with a token of eos."""
-    B, T, device = len(prompts), max(map(len, prompts)), model.embed_tokens.weight.device
-    pad = torch.tensor([[T - len(p)] for p in prompts], device=device)                  # (B, 1)
+    T, device = max(map(len, prompts)), model.norm.weight.device
     # padding stands on the left and repeats the row's first token: the repetition penalty must not meet one never said
-    new = ids = torch.tensor([p[:1] * (T - len(p)) + p for p in prompts], device=device)            # (B, T)
-    cache, out, live = Cache(model, B, T + max_new), [[] for _ in prompts], {*range(B)}
+    ids = torch.tensor([p[:1] * (T - len(p)) + p for p in prompts], device=device)      # (B, T), and growing
+    pad = torch.tensor([[T - len(p)] for p in prompts], device=device)                  # (B, 1)
     at = torch.arange(T + max_new, device=device)
-    real, pos, mask = at >= pad, (at[:T] - pad).clamp(min=0), None
-    if pad.any():
-        # a token sees the real ones up to it; a padding token sees itself, for a softmax over nothing is NaN
-        mask = (real[:, None, None, :T] & (at[:T, None] >= at[:T])) | torch.eye(T, dtype=torch.bool, device=device)
-    for n in range(max_new):
-        logits = model.logits(model(new, pos, mask, cache)[:, -1]).float()              # (B, V)
-        new = common.sample(logits, temperature, 0, top_p, repetition_penalty, ids, generator)
-        for b, token in enumerate(new.tolist()):
-            if b in live:
-                out[b].append(token)
-                live -= {b} if token in eos else set()
-        if not live:
+    # a token sees the real ones up to it, and itself: a softmax over nothing, as padding would have, is NaN
+    mask = ((at >= pad)[:, None, None] & (at[:, None] >= at)) | (at[:, None] == at)     # (B, 1, T + max_new, T + max_new)
+    cache, ends, stopped = Cache(model, len(prompts), T + max_new), torch.tensor([*eos], device=device), pad < 0
+    for end in range(T, T + max_new):
+        new = slice(cache.T, end)                                                       # the whole prompt, then token by token
+        x = model(ids[:, new], (at[new] - pad).clamp(min=0), mask[:, :, new, :end], cache)
+        drawn = common.sample(model.logits(x[:, -1]).float(), temperature, 0, top_p, repetition_penalty, ids, generator)[:, None]
+        ids, stopped = torch.cat([ids, drawn], 1), stopped | torch.isin(drawn, ends)
+        if stopped.all():
             break
-        new, pos, mask = new[:, None], at[T + n] - pad, real[:, None, None, :T + n + 1] if mask is not None else None
-        ids = torch.cat([ids, new], 1)
-    return out
+    rows = ids[:, T:].tolist()
+    return [row[:next((n for n, token in enumerate(row, 1) if token in eos), None)] for row in rows]
 
 @torch.inference_mode()
 def beam(model, prompt, width, max_new, eos, length_penalty=1.0, repetition_penalty=1.0):
     """prompt, a list of ids -> the best continuation that `width` beams find (common.beam_search), with one cache."""
-    device, cache = model.embed_tokens.weight.device, Cache(model, 1, len(prompt) + max_new)
-
-    def step(ids, parent):
-        cache.follow(parent.to(device))
+    device, cache = model.norm.weight.device, Cache(model, 1, len(prompt) + max_new)
+    def step(ids, parent):                      # row i goes on from what was row parent[i]: beams move about, and their past with them
+        if parent.tolist() != list(range(cache.kv.size(2))):
+            cache.kv = cache.kv[:, :, parent.to(device)]
         return model.logits(model(ids[:, cache.T:].to(device), cache=cache)[:, -1])
     return common.beam_search(step, prompt, width, max_new, eos, length_penalty, repetition_penalty)[0][len(prompt):]
 
-def answer(model, prompts, tok, frame, args):
-    """Texts -> (completions, whether each stopped by itself), by beams or by sampling as the flags say."""
-    bos, sep, eos = frame
-    ids = [bos + tok.encode(p) + sep or eos[:1] for p in prompts]
+def complete(model, rows, tok, args):
+    """rows with prompts -> the same rows, each with its "completion", by beams or by sampling, and whether it "stopped" by itself."""
+    draw, done = torch.Generator(model.norm.weight.device).manual_seed(args.seed), []
     model.eval()
-    if args.beam > 1:
-        out = [beam(model, p, args.beam, args.max_new, eos, args.length_penalty, args.repetition_penalty) for p in ids]
-    else:
-        draw = torch.Generator(model.embed_tokens.weight.device).manual_seed(args.seed)
-        out = generate(model, ids, args.max_new, eos, args.temperature, args.top_p, args.repetition_penalty, draw)
-    return [tok.decode([i for i in o if i not in eos]) for o in out], [o[-1] in eos for o in out]
-
-def complete(model, rows, tok, frame, args):
-    """rows with prompts -> the same rows, each with its "completion" and whether it "stopped" by itself."""
-    done = []
-    for i in tqdm(range(0, len(rows), args.gen_batch), desc="complete", unit="batch", disable=None):
-        part = rows[i:i + args.gen_batch]
-        for row, text, stopped in zip(part, *answer(model, [r["prompt"] for r in part], tok, frame, args)):
-            done.append(dict(row, completion=text, stopped=stopped))
+    for i in tqdm(range(0, len(rows), args.micro_batch), desc="complete", unit="batch", disable=None):
+        part = rows[i:i + args.micro_batch]
+        ids = [tok.bos + tok.encode(row["prompt"]) + tok.sep for row in part]
+        if args.beam > 1:
+            out = [beam(model, p, args.beam, args.max_new, tok.eos, args.length_penalty, args.repetition_penalty) for p in ids]
+        else:
+            out = generate(model, ids, args.max_new, tok.eos, args.temperature, args.top_p, args.repetition_penalty, draw)
+        done += [dict(row, completion=tok.decode([t for t in new if t not in tok.eos]), stopped=new[-1] in tok.eos)
+                 for row, new in zip(part, out)]
     return done
 
 def loss_of(model, packed):
     """Sum of -log p over the labelled tokens of packed sequences (a scalar with gradient), and how many there are."""
-    ids, labels, pos, doc = collate(packed, model.embed_tokens.weight.device)
+    ids, labels, pos, doc = collate(packed, model.norm.weight.device)
     x = model(ids, pos, only_own_example(doc))
     x, y, total = x[labels >= 0], labels[labels >= 0], 0.0              # (N, C), (N,): answers alone reach the head
     for part, target in zip(x.split(1024), y.split(1024)):              # 128k logits in fp32 are half a megabyte per token
@@ -1059,104 +718,102 @@ def loss_of(model, packed):
 
 @torch.no_grad()
 def evaluate(model, packed, args):
-    """Mean loss per answer token of packed sequences, in nats."""
+    """Mean loss per answer token of packed sequences, in nats; NaN where there are none."""
     model.eval()
     sums = [loss_of(model, packed[i:i + args.micro_batch]) for i in range(0, len(packed), args.micro_batch)]
-    return sum(loss.item() for loss, _ in sums) / max(1, sum(n for _, n in sums))
-
-# ---- part 7: training -----------------------------------------------------------------------------------------------------
+    return float(sum(loss for loss, _ in sums)) / sum(n for _, n in sums) if sums else math.nan
 
 def train(model, packed, epochs, lr, batch_size, path, args, name):
     """AdamW on what of the model wants a gradient -> the last loss. Batch and dropout are functions of (seed, step) alone,
     so a run that was killed goes on from `path` to the same weights. Under torchrun the processes share each batch."""
     params, per_epoch = {n: p for n, p in model.named_parameters() if p.requires_grad}, -(-len(packed) // batch_size)
     steps, start, loss = max(1, round(epochs * per_epoch)), 0, math.nan
-    warm = max(1, round(args.warmup * steps))
-    opt = torch.optim.AdamW(params.values(), lr=lr, betas=(0.9, 0.95), weight_decay=args.weight_decay)
-    same = ("model", "adapter", "load_4bit", "double_quant", "dtype", "seed", "lora_r", "lora_alpha", "lora_dropout", "rslora",
-            "micro_batch", "warmup", "weight_decay", "grad_clip")
-    run = json.dumps([steps, lr, batch_size, [getattr(args, k) for k in same], {n: p.shape for n, p in params.items()},
-                      hashlib.sha256(json.dumps(packed).encode()).hexdigest()])
-    if path.exists():
-        saved = common.load_checkpoint(path)
-        if saved.get("run") != run:
-            sorry(f"{path} is from a run with other flags or data; remove it, or choose another --out")
+    warm = max(1, round(0.03 * steps))
+    opt = torch.optim.AdamW(params.values(), lr=lr, betas=(0.9, 0.95), weight_decay=0.1)       # the last two as in Llama 2
+    for p in params.values():
+        p.grad = torch.zeros_like(p)
+    model.train()
+    shaped_by = "model adapter load_4bit double_quant dtype seed lora_r lora_alpha lora_dropout rslora micro_batch".split()
+    run = [steps, lr, batch_size, [str(getattr(args, k)) for k in shaped_by], [*params], packed]
+    run = hashlib.sha256(json.dumps(run).encode()).hexdigest()
+    if saved := common.resume(path, opt=opt):
+        saved["run"] == run or sorry(f"{path} is from a run with other flags or data; remove it, or choose another --out")
         start, loss = saved["step"], saved["loss"]
-        opt.load_state_dict(saved["opt"])
-        for n, p in params.items():
-            p.data.copy_(saved["params"][n])
+        model.load_state_dict(saved["params"], strict=False)
         print(f"{name}: goes on from step {start}")
     bar = tqdm(range(start, steps), desc=name, unit="step", initial=start, total=steps, disable=True if RANK else None)
     for step in bar:
         # linear up, then a cosine down to a tenth
         rate = (step + 1) / warm if step < warm else 0.55 + 0.45 * math.cos(math.pi * (step - warm) / max(1, steps - warm))
-        for group in opt.param_groups:
-            group["lr"] = lr * rate
+        opt.param_groups[0]["lr"] = lr * rate
         order = np.random.default_rng([args.seed, step // per_epoch]).permutation(len(packed))
         batch = [packed[i] for i in order[step % per_epoch * batch_size:][:batch_size]]
         count = sum(len(ids) - max(n, 1) for seq in batch for ids, n in seq)            # answer tokens of all processes
-        model.train()
-        total = torch.zeros((), device=model.embed_tokens.weight.device)
-        for i in range(0, len(batch), args.micro_batch):
-            if i // args.micro_batch % WORLD == RANK:
-                torch.manual_seed((args.seed * 1_000_003 + step) * 4093 + i)            # of the dropout
-                part = loss_of(model, batch[i:i + args.micro_batch])[0] / count
-                part.backward()
-                total += part.detach()
+        total = torch.zeros((), device=model.norm.weight.device)
+        opt.zero_grad(set_to_none=False)
+        for i in range(RANK * args.micro_batch, len(batch), WORLD * args.micro_batch):
+            torch.manual_seed((args.seed * 1_000_003 + step) * 4093 + i)                # of the dropout
+            part = loss_of(model, batch[i:i + args.micro_batch])[0] / count
+            part.backward()
+            total += part.detach()
         if WORLD > 1:                           # each divided by the whole batch's tokens: gradients and losses add up
-            for p in params.values():
-                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
             for t in [total, *(p.grad for p in params.values())]:
                 torch.distributed.all_reduce(t)
-        nn.utils.clip_grad_norm_(params.values(), args.grad_clip)
-        opt.step()
-        opt.zero_grad()
         loss = total.item()
+        math.isfinite(loss) or sorry(f"the {name} loss is {loss} at step {step}: try a smaller --lr, or --dtype bfloat16")
+        nn.utils.clip_grad_norm_(params.values(), 1.0)
+        opt.step()
         bar.set_postfix(loss=f"{loss:.3f}")
         if RANK == 0 and ((step + 1) % args.save_every == 0 or step + 1 == steps):
-            common.save_checkpoint(path, dict(run=run, step=step + 1, loss=loss, opt=opt.state_dict(),
-                                              params={n: p.detach() for n, p in params.items()}))
+            kept = {n: p.detach() for n, p in params.items()}
+            common.save_checkpoint(path, dict(run=run, step=step + 1, loss=loss, opt=opt.state_dict(), params=kept))
     return loss
+
+def write_byte_tokenizer(path):
+    """The demo's tokenizer.json: 256 bytes and three special tokens, no merges; Hugging Face's tokenizers opens it too."""
+    level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True)
+    names, plain = ["<|begin|>", "<|end|>", "<|sep|>"], dict(single_word=False, lstrip=False, rstrip=False, normalized=False)
+    begin, text = {"SpecialToken": dict(id=names[0], type_id=0)}, {"Sequence": dict(id="A", type_id=0)}
+    write_json(path, dict(
+        version="1.0", pre_tokenizer=level, decoder=level, model=dict(type="BPE", vocab=BYTE_OF, merges=[]),
+        added_tokens=[dict(id=256 + i, content=n, special=True, **plain) for i, n in enumerate(names)],
+        post_processor=dict(type="TemplateProcessing", single=[begin, text], pair=[begin, text],
+                            special_tokens={names[0]: dict(id=names[0], ids=[256], tokens=[names[0]])})))
 
 def make_demo(args, device):
     """Pretrain a byte-level Llama on args.texts, one document a line, and write it as a Hugging Face folder -> the folder."""
-    texts = [f.read_text("utf-8", "replace") for f in sorted(pathlib.Path(args.texts).glob("*.txt"))]
-    lines = [line for text in texts for line in text.splitlines() if line]
-    if not lines or args.n_head < 2 or args.n_head % 2 or args.n_embd % (2 * args.n_head):
-        sorry(f"the demo wants .txt files in --texts {args.texts}, an even --n_head, and --n_embd a multiple of twice that")
-    config = dict(architectures=["LlamaForCausalLM"], model_type="llama", vocab_size=260, hidden_size=args.n_embd,
-                  intermediate_size=args.n_embd * 5 // 2, num_hidden_layers=args.n_layer, num_attention_heads=args.n_head,
-                  num_key_value_heads=args.n_head // 2, rms_norm_eps=1e-6, rope_theta=1e4, tie_word_embeddings=True,
-                  bos_token_id=256, eos_token_id=257, max_position_embeddings=2048, hidden_act="silu", torch_dtype="float32")
-    digest = hashlib.sha256(json.dumps([config, args.pretrain_epochs, args.seed, lines]).encode()).hexdigest()
+    files = sorted(pathlib.Path(args.texts).glob("*.txt"))
+    lines = [line for f in files for line in f.read_text("utf-8", "replace").splitlines() if line]
+    lines or sorry(f"the demo wants .txt files in --texts {args.texts}")
+    n_layer, C, epochs = (2, 64, 1) if args.smoke else (5, 128, 10)
+    config = dict(architectures=["LlamaForCausalLM"], model_type="llama", vocab_size=260, hidden_size=C, intermediate_size=C * 5 // 2,
+                  num_hidden_layers=n_layer, num_attention_heads=C // 32, num_key_value_heads=C // 64, tie_word_embeddings=True,
+                  bos_token_id=256, eos_token_id=257, torch_dtype="float32")
+    digest = hashlib.sha256(json.dumps([config, epochs, args.seed, lines]).encode()).hexdigest()
     folder = pathlib.Path("out") / f"demo-{digest[:10]}"
     if (folder / "model.safetensors").exists():
         return folder
     write_json(folder / "config.json", config)
-    make_byte_tokenizer(folder / "tokenizer.json")
-    tok = load_tokenizer(folder)
+    write_byte_tokenizer(folder / "tokenizer.json")
+    tok, model = load_tokenizer(folder), Llama(read_config(folder / "config.json"))
     torch.manual_seed(args.seed)
-    model = Llama(read_config(folder / "config.json"))
-    for p in model.parameters():
-        if p.dim() == 2:
-            nn.init.normal_(p, std=0.02)
-    model.to(device)
+    for p in model.to(device).parameters():
+        p.data.normal_(std=0.02) if p.dim() == 2 else p.data.fill_(1)
     # a document is an example without a prompt: the same packing, the same loss
     examples = [([256, *tok.encode(line), 257], 0) for line in lines]
-    print(f"pretrain: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {len(lines)} documents of "
-          f"{sum(len(ids) for ids, _ in examples)} bytes, {args.pretrain_epochs:g} passes")
     packed = pack(examples, 256, np.random.default_rng(args.seed))
-    loss = train(model, packed, args.pretrain_epochs, 3e-3, 8, folder / "train.pt", args, "pretrain")
+    loss = train(model, packed, epochs, 3e-3, 8, folder / "train.pt", args, "pretrain")
     if RANK == 0:
         tensors = {stored_name(n): p for n, p in model.named_parameters()}
         write_safetensors(folder / "model.safetensors", {n: (p.dtype, p.shape) for n, p in tensors.items()}, tensors.get)
         (folder / "train.pt").unlink()
     if WORLD > 1:
         torch.distributed.barrier()
-    print(f"pretrain: last loss {loss:.3f} nats per byte; written to {folder}")
+    print(f"pretrained {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters on {len(lines)} documents, {epochs} times over, "
+          f"to a last loss of {loss:.3f} nats per byte: {folder}")
     return folder
 
-# ---- part 8: main ---------------------------------------------------------------------------------------------------------
+# ---- main --------------------------------------------------------------------------------------------------------------------
 
 def main():
     args, tic, device = get_args(), time.time(), common.pick_device()
@@ -1167,59 +824,46 @@ def main():
         sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")         # one voice
     folder = make_demo(args, device) if args.model == "demo" else fetch_model(args.model)
     tok = load_tokenizer(folder)
-    model = load_model(folder, args.dtype, args.load_4bit, args.double_quant, device, args.fused, quiet=RANK > 0)
+    model = load_model(folder, args.dtype, args.load_4bit, args.double_quant, device, quiet=RANK > 0)
     model.grad_checkpoint = args.grad_checkpoint
-    if tok.size > model.cfg.vocab_size:
-        sorry(f"{folder}: the tokenizer has ids up to {tok.size - 1}, the model only {model.cfg.vocab_size} of them")
-    bos, eos = model.cfg.bos if tok.add_bos else [], model.cfg.eos
-    sep = next((n for n in ("<|sep|>", "<|eot_id|>") if n in tok.special), None) if args.separator == "auto" else args.separator
-    sep = eos[:1] if sep is None else [tok.special[sep]] if sep in tok.special else tok.encode(sep)
-    frame = bos, sep, eos
+    top = max([*tok.bytes, *tok.special.values()])
+    top < model.cfg.vocab_size or sorry(f"{folder}: the tokenizer has ids up to {top}, the model only {model.cfg.vocab_size} of them")
+    # what ends a turn stands between prompt and answer: the demo's and Llama 3's own token, for others EOS
+    seps = [tok.special[t] for t in ("<|sep|>", "<|eot_id|>") if t in tok.special]
+    tok.bos, tok.sep, tok.eos = model.cfg.bos if tok.add_bos else [], (seps + model.cfg.eos)[:1], model.cfg.eos
     load_adapter(model, args.adapter, args) if args.adapter else add_lora(model, args)
-    print(f"device {device}  dtype {model.embed_tokens.weight.dtype}  LoRA rank {args.lora_r}, "
-          f"{sum(p.numel() for p in lora_parameters(model).values()):,} trainable  begins {bos}  separator {sep}  ends {eos}")
+    print(f"device {device}  dtype {model.norm.weight.dtype}  LoRA rank {args.lora_r}, "
+          f"{sum(p.numel() for p in lora_parameters(model).values()):,} trainable  begins {tok.bos}  separator {tok.sep}  ends {tok.eos}")
 
     out, metrics = pathlib.Path(args.out), {}
     if args.epochs > 0:
-        rows, rng = read_jsonl(args.data), np.random.default_rng(args.seed)
+        rows, rng = read_jsonl(args.data, ("prompt", "answer")), np.random.default_rng(args.seed)
         rows = [rows[i] for i in rng.permutation(len(rows))]
         n_held = min(len(rows) - 1, math.ceil(args.held_out * len(rows)))
         held, taught = rows[:n_held], rows[n_held:]
-        examples = tokenize(taught, tok, frame)
-        packed, held_packed = pack(examples, args.block_size, rng), pack(tokenize(held, tok, frame), args.block_size, rng)
-        if not packed:
-            sorry(f"--block_size {args.block_size} is shorter than every prompt in {args.data}")
+        packed, held_packed = (pack(tokenize(part, tok), args.block_size, rng) for part in (taught, held))
+        packed or sorry(f"--block_size {args.block_size} is shorter than every prompt in {args.data}")
         fill = sum(len(ids) for seq in packed for ids, _ in seq) / len(packed) / args.block_size
-        cut = sum(len(ids) > args.block_size for ids, _ in examples)
-        print(f"data: {len(taught)} examples in {len(packed)} sequences, {fill:.0%} full, {cut} too long; {len(held)} held out")
-        probe = (held or taught)[:2]
-        before = complete(model, probe, tok, frame, args)
-        if held_packed:
-            metrics["loss_before"] = evaluate(model, held_packed, args)
+        print(f"data: {len(taught)} examples in {len(packed)} sequences, {fill:.0%} full; {len(held)} held out")
+        shown = held or taught[:2]
+        metrics["loss_before"], before = evaluate(model, held_packed, args), complete(model, shown[:2], tok, args)
         metrics["train_loss"] = train(model, packed, args.epochs, args.lr, args.batch_size, out / "train.pt", args, "tune")
-        if held_packed:
-            metrics["loss_after"] = evaluate(model, held_packed, args)
-            done = complete(model, held, tok, frame, args)
-            metrics["exact"] = sum(r["completion"].strip() == r["answer"].strip() for r in done) / len(done)
-            metrics["stopped"] = sum(r["stopped"] for r in done) / len(done)
-        for row, was, now in zip(probe, before, complete(model, probe, tok, frame, args)):
-            print(f"before  {row['prompt']!r} -> {was['completion']!r}\nafter   {row['prompt']!r} -> {now['completion']!r}, "
-                  f"wanted {row['answer']!r}")
+        metrics["loss_after"], after = evaluate(model, held_packed, args), complete(model, shown, tok, args)
+        metrics["exact"] = sum(row["completion"].strip() == row["answer"].strip() for row in after) / len(after)
+        metrics["stopped"] = sum(row["stopped"] for row in after) / len(after)
+        for was, now in zip(before, after):
+            print(f"{now['prompt']!r}, wanted {now['answer']!r}\n    before {was['completion']!r}\n    after  {now['completion']!r}")
         if RANK == 0:
             save_adapter(model, out, args, folder)
             (out / "train.pt").unlink()         # the adapter is whole: the next run starts anew
-            print(f"adapter in {out}")
     if RANK == 0:
-        for row in complete(model, [dict(prompt=p) for p in args.prompt], tok, frame, args):
-            print(f"{row['prompt']!r} -> {row['completion']!r}")
         if args.prompts:
-            done = complete(model, read_jsonl(args.prompts, ("prompt",)), tok, frame, args)
-            with common.whole_file(args.completions) as part:
-                part.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in done), "utf-8")
-            print(f"{len(done)} completions in {args.completions}")
+            rows = complete(model, read_jsonl(args.prompts, ["prompt"]), tok, args)
+            with common.whole_file(out / "completions.jsonl") as part:
+                part.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
         if args.merge != "off":
             save_merged(model, folder, out / f"merged-{args.merge}", args.merge)
-            print(f"merged into the {'stored' if args.merge == '16' else '4-bit'} weights, in {out}/merged-{args.merge}")
+        print(f"written to {out}: {', '.join(sorted(p.name for p in out.iterdir()))}" if out.exists() else "nothing written")
         common.log_result("lora_llama.py", args, time.time() - tic, metrics)
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ Llama 2 (2307.09288, section 3). Differs from them in:
 3. rejection sampling trains on the best 64 winners of all rounds; the judge of --algo rlhf is a program, its model 0.1M parameters
 Not handled: prompts longer than --prompt_len tokens (their end is kept); rewards that look at the prompt, but for the learned one.
 """
-import collections, copy, hashlib, json, math, pathlib, re, sys, time
+import collections, copy, functools, hashlib, json, math, pathlib, re, sys, time
 
 import numpy as np
 import torch
@@ -29,15 +29,14 @@ OUT, DATA, SAVE_EVERY, LOOK_EVERY = pathlib.Path("out"), pathlib.Path(__file__).
 def get_args(argv=None):
     p = common.Flags(__doc__)
     # what is wanted
-    p.flag("algo", "ppo", "how the policy is improved; rlhf: Llama 2's whole recipe", choices="ppo grpo dr_grpo rloo rejection rlhf".split())
+    p.flag("algo", "ppo", "how to improve the policy; rlhf: Llama 2's whole recipe", choices="ppo grpo dr_grpo rloo rejection rlhf".split())
     p.flag("reward", "pattern", "what is rewarded; model: a reward model, learned from a judge's preferences (rlhf's only one)",
            choices="pattern white_more white_less letters length model".split())
     p.flag("pattern", "b c", "the text whose occurrences --reward pattern counts")
     p.flag("letters", "xdj", "--reward letters: tokens made of nothing but these")
     p.flag("per_step", False, "PPO: reward each token with what it adds to the score, not the last one with all of it")
     # data and tokens
-    p.flag("corpus", [str(DATA / "quotes.txt"), str(DATA / "patterns.txt")], "texts to pretrain on, UTF-8, one example per line; rlhf's prompts "
-           "come from the first", nargs="+")
+    p.flag("corpus", [f"{DATA}/{x}.txt" for x in ("quotes", "patterns")], "UTF-8, an example per line; rlhf's prompts: the first", nargs="+")
     p.flag("vocab_size", 256, "all characters of the corpus, then its most frequent words, up to this many tokens")
     p.flag("prompt_len", 8, "longest prompt in tokens")
     p.flag("max_new", 24, "longest completion in tokens")
@@ -64,13 +63,13 @@ def get_args(argv=None):
     p.flag("kl", 0.002, "weight of the KL divergence to the frozen start: higher keeps the text nearer to what it was")
     p.flag("entropy", 0.0, "weight of the entropy bonus")
     p.flag("vf", 0.5, "weight of the critic's loss")
-    p.flag("normalize", "advantages", "PPO: whiten the advantages, the rewards over the whole batch, or nothing", choices="advantages rewards none".split())
+    p.flag("normalize", "advantages", "PPO: whiten advantages, the batch's rewards, or nothing", choices="advantages rewards none".split())
     p.flag("reward_scale", 1.0, "multiplies what the learner sees (not what is reported)")
     p.flag("temperature", 1.0, "of sampling, at the first round")
     p.flag("temperature_end", 1.0, "at the last round; linear between")
     p.flag("epsilon", 0.0, "share of tokens drawn at random, at the first round; it is part of the policy, so the ratio knows of it")
     p.flag("epsilon_end", 0.0, "at the last round")
-    p.flag("pairs", 512, "pairs of completions that the judge compares for a reward model, per version")
+    p.flag("pairs", 1024, "pairs of completions that the judge compares for a reward model, per version")
     # what comes out
     p.flag("beam", 5, "width of the beam search shown beside sampling")
     p.flag("seed", 0, "of weights, batches and samples")
@@ -96,9 +95,9 @@ def read_lines(path):
     try:
         lines = [line.strip() for line in pathlib.Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
     except UnicodeDecodeError:
-        lines = ["\0"]
-    if any("\0" in line for line in lines) or len(lines) < 20:
-        sorry(f"{path} is " + (f"too short: {len(lines)} lines of text, at least 20 are needed" if "\0" not in "".join(lines) else "not UTF-8 text"))
+        lines = []
+    if len(lines) < 20 or "\0" in "".join(lines):
+        sorry(f"{path} is not a UTF-8 text of 20 lines or more")
     return lines
 
 
@@ -255,7 +254,8 @@ class Rule:
             elif name == "length":                  # end after R // 2 tokens: all of it comes with EOS
                 self.gain[s, v], self.then[s, v] = (v == EOS) * (1 - abs(s - R // 2) / (R - R // 2)), min(s + 1, R)
             elif token and v != UNK:
-                self.gain[s, v] = dict(white_more=token.isspace(), white_less=not token.isspace(), letters=set(token) <= set(args.letters))[name]
+                white = token.isspace()
+                self.gain[s, v] = dict(white_more=white, white_less=not white, letters=set(token) <= set(args.letters))[name]
         best = torch.zeros(S)
         for _ in range(R):                          # of what can still be earned; PAD, BOS and UNK are never drawn
             go = self.gain + best[self.then] * (torch.arange(V) != EOS)
@@ -273,15 +273,11 @@ class Rule:
         return (torch.stack(gains, 1).to(mask.device) * mask).cumsum(1) / self.maximum
 
 
-class Learned:
+@torch.no_grad()
+def learned(model, mean, ids, left, mask):
     """A reward model's score r as a reward: sigmoid(r - mean), mean being the start's, is the probability (in the model's own
     terms, Bradley and Terry's) that a completion beats one of the start."""
-    def __init__(self, model, mean):
-        self.model, self.mean = model, mean
-
-    @torch.no_grad()
-    def __call__(self, ids, left, mask):
-        return torch.sigmoid(self.model.value(self.model(ids, left))[:, -mask.size(1):] - self.mean)
+    return torch.sigmoid(model.value(model(ids, left))[:, -mask.size(1):] - mean)
 
 # ---- the idea: a text is a trajectory, a token an action ----------------------------------------------------------------------
 # tensors are (B, R): R columns of completion, the same for all rows because prompts are padded on the left. mask is 1 up to and
@@ -432,7 +428,7 @@ def pretrain(corpus, args, file):
     model = Transformer(len(corpus.tok.tokens), T, args).to(args.device)
     optimizer = adamw(model.parameters(), args.lr)
     state = dict(dict(step=0, seconds=0.0), **restore(file, model=model, optimizer=optimizer))
-    began, bar = time.time() - state["seconds"], tqdm(total=args.steps, initial=state["step"], desc="pretraining", unit="step", disable=None)
+    began, bar = time.time() - state["seconds"], tqdm(total=args.steps, initial=state["step"], desc="pretraining", disable=None)
     for step in range(state["step"], args.steps):
         optimizer.param_groups[0]["lr"] = args.lr * min((step + 1) / 50, 0.55 + 0.45 * math.cos(math.pi * step / args.steps))
         pick = np.random.default_rng((args.seed, 0, step)).integers(0, len(train), args.batch_size)
@@ -444,8 +440,8 @@ def pretrain(corpus, args, file):
     bar.close()
     with torch.no_grad():
         loss = next_token_loss(model, held, args.device).item()
-    print(f"pretrained: {sum(p.numel() for p in model.parameters()):,} parameters, {args.steps} steps, {state['seconds']:.0f} s, held-out loss {loss:.3f} "
-          "nats per token")
+    n = sum(p.numel() for p in model.parameters())
+    print(f"pretrained: {n:,} parameters, {args.steps} steps, {state['seconds']:.0f} s, held-out loss {loss:.3f} nats per token")
     return model, loss
 
 
@@ -456,14 +452,15 @@ def improve(name, algo, policy, start, reward, lines, args, file, tails=False, p
     R, G, B = args.max_new, args.group, args.prompts * args.group
     critic = policy if args.value == "shared" else copy.deepcopy(start).requires_grad_(True)
     optimizer = adamw([*policy.parameters(), *(critic.parameters() if critic is not policy else ())], args.rl_lr)
-    state = dict(dict(step=0, curve=[], pool=pool or {}, seconds=0.0), **restore(file, policy=policy, critic=critic, optimizer=optimizer))
+    parts = dict(policy=policy, critic=critic, optimizer=optimizer)
+    state = dict(dict(step=0, curve=[], pool=pool or {}, seconds=0.0), **restore(file, **parts))
     curve, pool = state["curve"], state["pool"]
-    began, bar = time.time() - state["seconds"], tqdm(total=args.iterations, initial=state["step"], desc=name, unit="round", disable=None)
+    began, bar = time.time() - state["seconds"], tqdm(total=args.iterations, initial=state["step"], desc=name, disable=None)
     for step in range(state["step"], args.iterations):
         # prompts and samples depend on (seed, round) alone: a resumed run sees what an unbroken one would have seen
         torch.manual_seed(1_000_003 * args.seed + step)
         rng, done, error = np.random.default_rng((args.seed, 1, step)), step / max(1, args.iterations - 1), 0.0
-        heat = (args.temperature + (args.temperature_end - args.temperature) * done, args.epsilon + (args.epsilon_end - args.epsilon) * done)
+        heat = [a + (b - a) * done for a, b in ((args.temperature, args.temperature_end), (args.epsilon, args.epsilon_end))]
         prompts, left, _ = draw_prompts(lines, args.prompts, G, args, rng, tails)
         ids, old, mask = rollout(policy, prompts, left, R, *heat)
         prefix = reward(ids, left, mask)                            # (B, R)
@@ -500,23 +497,18 @@ def improve(name, algo, policy, start, reward, lines, args, file, tails=False, p
             if algo == "ppo":
                 loss = loss + args.vf * average(value_loss(value, old_value, returns, args.clip), mask, algo)
             descend(loss, optimizer, f"round {step} of {name}")
-        look = step % LOOK_EVERY == 0 or step + 1 == args.iterations
-        curve.append((step, score.mean().item(), (kl_k3(old, ref) * mask).sum(1).mean().item(), distinct(ids[:, -R:]), error,
+        look, kl = step % LOOK_EVERY == 0 or step + 1 == args.iterations, (kl_k3(old, ref) * mask).sum(1).mean().item()
+        curve.append((step, score.mean().item(), kl, len(set(map(tuple, ids[:, -R:].tolist()))) / B, error,
                       evaluate(policy, start, reward, lines, args, tails)[0]["beam"] if look else math.nan))
         bar.update()
         bar.set_postfix(reward=f"{curve[-1][1]:.3f}", kl=f"{curve[-1][2]:.1f}")
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == args.iterations:
             state = dict(step=step + 1, curve=curve, pool=pool, seconds=time.time() - began)
-            common.save_checkpoint(file, dict(state, policy=policy.state_dict(), critic=critic.state_dict(), optimizer=optimizer.state_dict()))
+            common.save_checkpoint(file, dict(state, **{k: v.state_dict() for k, v in parts.items()}))
     bar.close()
     return state
 
 # ---- evaluation ----------------------------------------------------------------------------------------------------------------
-
-def distinct(tokens):
-    """tokens (B, R) -> how many different completions there are, as a share of all."""
-    return len({tuple(t) for t in tokens.tolist()}) / len(tokens)
-
 
 @torch.no_grad()
 def beam(policy, prompt, left, R, width):
@@ -538,9 +530,10 @@ def evaluate(policy, start, reward, lines, args, tails=False):
     R, (prompts, left, _) = args.max_new, draw_prompts(lines, 32, 8, args, np.random.default_rng(2), tails)
     ids, logp, mask = rollout(policy, prompts, left, R)
     ref, beams = replay(start, ids, left, R)[0], torch.stack([beam(policy, prompts[i], left[i], R, args.beam) for i in range(0, 32, 8)])
-    found = completion_mask(beams[:, -R:])
-    return dict(reward=final(reward(ids, left, mask), mask).mean().item(), beam=final(reward(beams, left[:32:8], found), found).mean().item(),
-                kl=(kl_k3(logp, ref) * mask).sum(1).mean().item(), surprise=-average(ref, mask, "ppo").item(), distinct=distinct(ids[:, -R:])), ids
+    sampled, found = final(reward(ids, left, mask), mask), completion_mask(beams[:, -R:])
+    return dict(reward=sampled.mean().item(), beam=final(reward(beams, left[:32:8], found), found).mean().item(),
+                kl=(kl_k3(logp, ref) * mask).sum(1).mean().item(), surprise=-average(ref, mask, "ppo").item(),
+                distinct=len(set(map(tuple, ids[:, -R:].tolist()))) / 256), ids
 
 
 def figure(path, panels, xlabel):
@@ -552,8 +545,7 @@ def figure(path, panels, xlabel):
     for ax, (ylabel, lines) in zip(axes, panels):
         for name, (xs, ys) in lines.items():
             ax.plot(xs, ys, ".-" if len(xs) < 50 else "-", label=name)
-        ax.set(xlabel=xlabel, ylabel=ylabel)
-        ax.legend(frameon=False)
+        ax.set(xlabel=xlabel, ylabel=ylabel), ax.legend(frameon=False)
     with common.whole_file(path) as part:
         fig.savefig(part, bbox_inches="tight")
     return str(path)
@@ -573,7 +565,7 @@ def ask_judge(policy, corpus, n, args, rng):
     ids = rollout(policy, prompts, left, args.max_new)[0].view(n, 2, -1)
     score = torch.tensor([[judge(row[args.prompt_len:], corpus) for row in two] for two in ids.tolist()], device=args.device)
     gap = score[:, 0] - score[:, 1]
-    ids, margin = torch.where(gap[:, None, None] > 0, ids, ids.flip(1)), torch.bucketize(gap.abs(), torch.tensor([0.2, 0.4, 0.6], device=args.device)) / 3
+    ids, margin = torch.where(gap[:, None, None] > 0, ids, ids.flip(1)), sum((gap.abs() > x).float() for x in (0.2, 0.4, 0.6)) / 3
     return [x[gap != 0] for x in (ids, left.view(n, 2), margin)]
 
 
@@ -599,19 +591,20 @@ def learn_reward(policy, start, corpus, pairs, args, v):
     with torch.no_grad():
         right = torch.diff(rate(model, *held[:2], R))[:, 0] < 0
         mean = rate(model, rollout(start, prompts, left, R)[0], left, R).mean()
-    return Learned(model, mean), pairs, [right[(held[2] * 3).round() == m].float().mean().item() for m in (3, 2, 1, 0)]
+    return functools.partial(learned, model, mean), pairs, [right[(held[2] * 3).round() == m].float().mean().item() for m in (3, 2, 1, 0)]
 
 
 def rlhf(policy, corpus, args, file):
     """SFT, then RLHF-V1 ... V5: each version asks the judge about the newest policy, trains a reward model on all pairs so far and
-    improves the policy by rejection sampling (V1-V4) or PPO (V5). -> per version, SFT first: metrics, samples, accuracies."""
+    improves the policy by rejection sampling (V1-V4) or PPO (V5). -> {version: (metrics, samples)}; right_3 ... right_0 are the
+    reward model's accuracies, the clearest preferences first."""
     R, rng = args.max_new, np.random.default_rng((args.seed, 2))
     optimizer, order = adamw(policy.parameters(), args.lr / 10), np.concatenate([rng.permutation(len(corpus.quotes)) for _ in range(2)])
     for at in range(0, len(order), 32):             # SFT: two epochs, the loss on the answer alone
         prompts, left, rests = draw_prompts([corpus.quotes[i] for i in order[at:at + 32]], 32, 1, args, rng, tails=True)
         ids = torch.cat([prompts, pad(rests, R, "right")[0].to(args.device)], 1)
         descend(average(-replay(policy, ids, left, R)[0], completion_mask(ids[:, -R:]), "ppo"), optimizer, f"line {at} of SFT")
-    start, pool, pairs, versions = copy.deepcopy(policy).requires_grad_(False), {}, None, []
+    start, pool, pairs, versions = copy.deepcopy(policy).requires_grad_(False), {}, None, {}
     args.iterations = math.ceil(args.iterations / 5)
     for v in range(6):
         reward, pairs, accuracy = learn_reward(policy, start, corpus, pairs, args, v)
@@ -623,7 +616,8 @@ def rlhf(policy, corpus, args, file):
             pool = improve(name, algo, policy, start, reward, corpus.quotes, args, file(f"v{v}"), True, pool)["pool"]
         metrics, ids = evaluate(policy, start, reward, corpus.quotes, args, tails=True)
         metrics["judge"] = np.mean([judge(row[-R:], corpus) for row in ids.tolist()])
-        versions.append((metrics, ids, accuracy))
+        metrics.update(zip(("right_3", "right_2", "right_1", "right_0"), accuracy))
+        versions[f"V{v}" if v else "SFT"] = metrics, ids
     return versions
 
 # ---- main ----------------------------------------------------------------------------------------------------------------------
@@ -632,37 +626,39 @@ def main():
     args, began = get_args(), time.time()
     corpus = Corpus(args)
     tok, P = corpus.tok, args.prompt_len
-    print(f"device {args.device}, {torch.get_num_threads()} threads, float32\n{len(corpus.train)} lines, {sum(map(len, corpus.train)):,} tokens of "
-          f"{len(tok.tokens)}, such as {'|'.join(tok.tokens[i] for i in corpus.quotes[0][1:-1])}")
+    print(f"device {args.device}, {torch.get_num_threads()} threads, float32")
+    print(f"{len(corpus.train)} lines, {sum(map(len, corpus.train)):,} tokens of {len(tok.tokens)}, such as "
+          + "|".join(tok.tokens[i] for i in corpus.quotes[0][1:-1]))
 
     def file(what, keys=tuple(vars(args))):         # named after all that shaped it: the same flags find it again
         flags = json.dumps({k: getattr(args, k) for k in keys if k not in ("corpus", "smoke")}).encode()
-        return OUT / f"ppo_char_{what}_{hashlib.sha256(flags + b''.join(pathlib.Path(c).read_bytes() for c in args.corpus)).hexdigest()[:8]}.pt"
-    policy, loss = pretrain(corpus, args, file("base", "vocab_size prompt_len max_new n_layer n_head n_embd pos n_predict steps batch_size lr seed".split()))
+        texts = b"".join(pathlib.Path(c).read_bytes() for c in args.corpus)
+        return OUT / f"ppo_char_{what}_{hashlib.sha256(flags + texts).hexdigest()[:8]}.pt"
+    base = file("base", "vocab_size prompt_len max_new n_layer n_head n_embd pos n_predict steps batch_size lr seed".split())
+    policy, loss = pretrain(corpus, args, base)
     start, metrics = copy.deepcopy(policy).requires_grad_(False), dict(pretrain_loss=round(loss, 3))
     if args.algo == "rlhf":
         versions = rlhf(policy, corpus, args, file)
-        print("\nversion  reward  judge    KL  distinct  surprise  reward model right, from clear to slight preferences")
-        for v, (m, _, accuracy) in enumerate(versions):
-            print(f"{f'V{v}' if v else 'SFT':7s}   {m['reward']:.3f}  {m['judge']:.3f}  {m['kl']:4.1f}      {m['distinct']:.2f}      {m['surprise']:.2f}  "
-                  + " ".join(f"{a:.0%}" for a in accuracy))
-        lines = lambda *keys: {k: (range(6), [m[k] for m, *_ in versions]) for k in keys}
+        lines = lambda *keys: {k: (list(versions), [m[k] for m, _ in versions.values()]) for k in keys}
         panels = [("reward", lines("reward", "judge", "beam")), ("nats", lines("kl")), ("share of samples", lines("distinct"))]
-        (before, old, _), (after, new, _) = versions[0], versions[-1]
     else:
         tails = args.reward == "model"
         lines = corpus.quotes if tails else corpus.train
         reward = learn_reward(policy, start, corpus, None, args, 0)[0] if tails else Rule(args, tok)
-        before, old = evaluate(policy, start, reward, lines, args, tails)
+        versions = {"start": evaluate(policy, start, reward, lines, args, tails)}
         state = improve(args.algo, args.algo, policy, start, reward, lines, args, file(args.algo), tails)
-        after, new = evaluate(policy, start, reward, lines, args, tails)
+        versions[args.algo] = evaluate(policy, start, reward, lines, args, tails)
         n, score, kl, _, error, beams = zip(*state["curve"])
-        points = [(i, b) for i, b in zip(n, beams) if not math.isnan(b)]
-        panels = [("reward", {"sampled": (n, score), "beam search": tuple(zip(*points))}), ("nats", {"KL to the start": (n, kl)})]
+        seen = [i for i in n if not math.isnan(beams[i])]
+        panels = [("reward", {"sampled": (n, score), "beam search": (seen, [beams[i] for i in seen])}), ("nats", {"KL": (n, kl)})]
         metrics.update(ratio_error=max(error), rl_seconds=round(state["seconds"], 1))
+    (before, old), *_, (after, new) = versions.values()
     found = beam(policy, new[0, :P], (new[0, :P] == PAD).sum(), args.max_new, args.beam)
     for title, ids in (("before", old[::43]), ("after", new[::43]), ("after, by beam search", found[None])):
         print(f"\n{title} (prompt|completion):", *(f"{tok.decode(row[:P])}|{tok.decode(row[P:])}" for row in ids.tolist()), sep="\n  ")
+    print("\n" + " ".join(f"{k:>8s}" for k in ("", *after)))
+    for name, (m, _) in versions.items():
+        print(f"{name:>8s} " + " ".join(f"{x:8.3f}" for x in m.values()))
     metrics.update(figure=figure(OUT / f"ppo_char_{args.algo}_{args.reward}.png", panels, "version" if args.algo == "rlhf" else "round"),
                    before=round(before["reward"], 3), **{k: round(float(v), 3) for k, v in after.items()})
     common.log_result("ppo_char.py", args, time.time() - began, metrics)

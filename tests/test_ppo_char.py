@@ -465,8 +465,7 @@ def test_a_reward_model_scores_the_last_real_token(small):
     for i in range(len(ids)):
         n = 5 + int(mask[i].sum())
         assert got[i].item() == pytest.approx(model.value(model(ids[i:i + 1, :n], left[i:i + 1]))[0, -1].item(), abs=1e-4)
-    reward = pc.Learned(model, got.mean())
-    assert torch.allclose(pc.final(reward(ids, left, mask), mask), torch.sigmoid(got - got.mean()), atol=1e-5)
+    assert torch.allclose(pc.final(pc.learned(model, got.mean(), ids, left, mask), mask), torch.sigmoid(got - got.mean()), atol=1e-5)
 
 
 # ---- the command -------------------------------------------------------------------------------------------------------------------

@@ -55,15 +55,13 @@ def sweep():
         cells = "  ".join(f"{g.mean():6.0f} +- {g.std():5.0f}" for g in got.reshape(-1, args.episodes))
         print(f"{' '.join(f'{k} {v}' for k, v in change.items()) or 'the default':34s}{cells}   error {np.mean(abs(got - asked) / asked):7.2%}  "
               f"fell {fell.sum()}/{len(fell)}", flush=True)
-    row()
-    for k in (1, 4, 32, 128, 512):
+    for n in (55, 20, 10, 5, 2):                    # of 655
+        for k in (1, 8):
+            row(store_episodes=n, k=k)
+    for w in (0, 0.25):
+        row(store_episodes=55, rate_weight=w)
+    for k in (1, 4, 8, 32, 128):
         row(k=k)
-    for n in (200, 55, 20, 10, 5, 2):
-        row(store_episodes=n)
-    for n in (55, 20, 10):
-        row(store_episodes=n, k=1)
-    for w in (0, 0.25, 1, 16):
-        row(rate_weight=w)
 
 
 if __name__ == "__main__":

@@ -62,6 +62,7 @@ def get_args(argv=None):
     p.flag("warmup", 50, "steps up to the peak; a cosine down to a tenth of it follows")
     p.flag("weight_decay", 1e-4, "AdamW's, the paper's")
     p.flag("grad_clip", 1.0, "largest gradient norm")
+    p.flag("dtype", "auto", "of training's matrix products; auto: bfloat16 where the hardware has it", choices=["auto", "bfloat16", "float32"])
     p.flag("seed", 0, "of weights, batches and evaluation starts")
     # the search for gaits
     p.flag("search", False, "search a ladder anew, write it to out/cheetah_ladder.npz and end")
@@ -513,7 +514,9 @@ def train(args, condition, data, file, device):
         i, t, valid = (torch.from_numpy(x).to(device) for x in (i, clock(t, condition), valid))
         for group in optimizer.param_groups:
             group["lr"] = args.lr * min((step + 1) / args.warmup, 0.55 + 0.45 * math.cos(math.pi * step / args.steps))
-        loss = F.mse_loss(model(r[i], obs[i], act[i], t, valid)[valid], act[i][valid])
+        with torch.autocast(device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
+            guess = model(r[i], obs[i], act[i], t, valid)
+        loss = F.mse_loss(guess[valid].float(), act[i][valid])
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
@@ -588,7 +591,7 @@ def figure(rows, path):
 def checkpoint(args, condition):
     """A model's file is named after all that shaped it: other flags make another model, the same flags find it again."""
     shape = {k: getattr(args, k) for k in ("dataset ladder_episodes action_noise cross_start n_layer n_head n_embd context dropout "
-                                           "steps batch_size lr warmup weight_decay grad_clip seed").split()}
+                                           "steps batch_size lr warmup weight_decay grad_clip dtype seed").split()}
     gaits = pathlib.Path(args.ladder).read_bytes() if args.dataset == "ladder" else b""
     return OUT / f"dt_cheetah_{condition}_{hashlib.sha256(json.dumps(shape).encode() + gaits).hexdigest()[:8]}.pt"
 
@@ -597,7 +600,8 @@ def main():
     args, began, device = get_args(), time.time(), common.pick_device()
     if args.search:
         return search(args, OUT / "cheetah_ladder.npz")
-    print(f"device {device}, {torch.get_num_threads()} threads, float32")
+    args.dtype = common.fast_dtype(device) if args.dtype == "auto" else args.dtype
+    print(f"device {device}, {torch.get_num_threads()} threads, training in {args.dtype}")
     data, rows = functools.cache(lambda: find_dataset(args)), []        # read once, and only if there is training to do
     for condition in dict.fromkeys([args.condition, *args.baseline]):
         model, seconds = train(args, condition, data, checkpoint(args, condition), device)

@@ -146,7 +146,7 @@ def test_tokens_say_the_path_and_stand_where_the_pen_is():
     for m, i, R, C, text in b.read_path(g, ids[..., 1:]):
         n = len(g["texts"][m])
         assert text == g["texts"][m] and np.array_equal(R, g["R"][m, i, :n]) and np.array_equal(C, g["C"][m, i, :n])
-        assert ids[m, i, 0] == b.DIR + g["D"][m, i, 0] and ids[m, i, 2 * n + 1] == b.END and (ids[m, i, 2 * n + 2:] == b.PAD).all()
+        assert ids[m, i, 0] == b.MOVE + 4 * g["D"][m, i, 0] and ids[m, i, 2 * n + 1] == b.END and (ids[m, i, 2 * n + 2:] == b.PAD).all()
         for s in range(2 * n + 2):
             assert tuple(pos[m, i, s]) == (g["R"][m, i, s // 2], g["C"][m, i, s // 2], s // 2)
 
@@ -217,7 +217,8 @@ def test_generation_with_the_cache_is_the_full_forward():
     out, _ = b.generate(model, g, "cpu")
     first, places = b.pen(g)
     ids = np.concatenate([first[..., :1], out], 2)
-    move = (ids < b.DIR)[..., None] * b.SHIFT[np.minimum(ids, b.DIR - 1)]
+    move = (ids < b.PLAIN)[..., None] * b.SHIFT[np.minimum(ids, b.PLAIN - 1)]
+    move[..., 0, :] = 0                                 # the first one is the prompt's, and has led to the start
     time = np.broadcast_to(np.arange(ids.shape[2]) // 2, ids.shape)[..., None]
     places = np.concatenate([np.stack([g["R"][..., :1], g["C"][..., :1]], -1) + move.cumsum(2), time], 3) * (ids != b.PAD)[..., None]
     logits, _ = model(torch.from_numpy(ids[..., :-1]), torch.from_numpy(places[..., :-1, :]).float(), model.remember(*tensors(b.memory_of(g))))

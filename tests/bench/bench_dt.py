@@ -79,12 +79,14 @@ def training(dropout):
     rtg, s, a = torch.rand(B, K), torch.randn(B, K, 17), torch.rand(B, K, 6)
     t, valid = torch.randint(0, 900, (B, 1)) + torch.arange(K), torch.ones(B, K, dtype=torch.bool)
 
-    def stepper(model, predict):
+    def stepper(model, predict, bf16=False):
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=1e-4, fused=True)
 
         def job():
             for _ in range(10):
-                loss = torch.nn.functional.mse_loss(predict()[valid], a[valid])
+                with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                    guess = predict()
+                loss = torch.nn.functional.mse_loss(guess[valid].float(), a[valid])
                 optimizer.zero_grad()
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 0.25)
@@ -92,10 +94,16 @@ def training(dropout):
             return 10
         job()                                       # warm up
         return job
-    speeds = in_turns(5, **{"ours": stepper(ours.train(), lambda: ours(rtg, s, a, t, valid)),
-                            "transformers": stepper(ref, lambda: ref(states=s, actions=a, rewards=None, returns_to_go=rtg[..., None], timesteps=t,
-                                                                     attention_mask=valid.long()).action_preds)})
-    show(f"training, batch {B}, K {K}, dropout {dropout}", "gradient steps/s", speeds, "ours", {"transformers": ">= 1.5x, goal 2x"})
+    us = lambda: ours(rtg, s, a, t, valid)
+    them = lambda: ref(states=s, actions=a, rewards=None, returns_to_go=rtg[..., None], timesteps=t, attention_mask=valid.long()).action_preds
+    ours.train()
+    fast = common.fast_dtype("cpu")                 # what --dtype auto takes on this machine; transformers' own default is float32
+    names = dict(ours=f"ours, {fast}", float32="ours, float32", ref="transformers, float32", same=f"transformers, {fast}")
+    speeds = in_turns(5, **{names["ours"]: stepper(ours, us, fast == "bfloat16"), names["float32"]: stepper(ours, us),
+                            names["ref"]: stepper(ref, them), names["same"]: stepper(ref, them, fast == "bfloat16")})
+    title = f"training, batch {B}, K {K}, dropout {dropout}"
+    show(title, "gradient steps/s", speeds, names["ours"], {names["ref"]: ">= 1.5x, goal 2x", names["same"]: "none: both in the fast type"})
+    show(title, "gradient steps/s", speeds, names["float32"], {names["ref"]: "none: both in float32"})
 
 
 def pictures():

@@ -23,11 +23,11 @@ FILE = pathlib.Path("out/compare_bounce.json")
 
 
 class PenPlain(b.Bouncer):
-    shift = np.stack(np.divmod(np.arange(9), 3), 1) - 1
+    shift = np.concatenate([np.zeros((b.PLAIN, 2), int), np.stack(np.divmod(np.arange(9), 3), 1) - 1])
 
     def tokens(self, g):
         ids, pos = b.pen(g)
-        ids[..., 2::2] = np.where(ids[..., 2::2] < b.DIR, b.MOVE + 3 * np.diff(g["R"]) + np.diff(g["C"]) + 4, ids[..., 2::2])
+        ids[..., 2::2] = np.where(ids[..., 2::2] < b.PLAIN, b.PLAIN + 3 * np.diff(g["R"]) + np.diff(g["C"]) + 4, ids[..., 2::2])
         return ids, pos
 
 
@@ -62,7 +62,7 @@ class Raster2D(b.Bouncer):
         (M, n), (H, W) = g["R"].shape[:2], (g["H"], g["W"])
         L = int((H * (W + 1)).max()) + 2
         ids, pos = np.full((M, n, L), b.PAD), np.zeros((M, n, L, 3), np.float32)
-        ids[..., 0] = b.DIR + g["D"][..., 0]
+        ids[..., 0] = b.MOVE + 4 * g["D"][..., 0]
         for m, text in enumerate(g["texts"]):
             field, l = g["fields"][m, :H[m], :W[m]], H[m] * (W[m] + 1)
             for i in range(n):

@@ -5,7 +5,7 @@
 Measured: TODO
 Papers: PPO (Schulman et al. 2017, arXiv 1707.06347), GAE (1506.02438), GRPO (2402.03300), Dr. GRPO (2503.20783), RLOO (2402.14740),
 Llama 2 (2307.09288, section 3). Differs from them in:
-1. KL to the frozen start is a loss (k3, as GRPO's) for every algorithm, not a penalty inside the reward; AdamW without weight decay
+1. KL to the frozen start is a loss (k3, as GRPO's) for every algorithm, or with --kl_in reward part of every algorithm's reward
 2. no mini-batches: each gradient step sees all completions of its round; RLOO takes PPO's clipped ratio, token by token
 3. rejection sampling trains on the best 64 winners of all rounds; the judge of --algo rlhf is a program, its model 0.1M parameters
 Not handled: prompts longer than --prompt_len tokens (their end is kept); rewards that look at the prompt, but for the learned one.
@@ -36,7 +36,7 @@ def get_args(argv=None):
     p.flag("letters", "xdj", "--reward letters: tokens made of nothing but these")
     p.flag("per_step", False, "PPO: reward each token with what it adds to the score, not the last one with all of it")
     # data and tokens
-    p.flag("corpus", [f"{DATA}/{x}.txt" for x in ("quotes", "patterns")], "UTF-8, an example per line; rlhf's prompts: the first", nargs="+")
+    p.flag("corpus", [f"{DATA}/{x}.txt" for x in ("quotes", "patterns")], "UTF-8, an example a line; rlhf's prompts: the first", nargs="+")
     p.flag("vocab_size", 256, "all characters of the corpus, then its most frequent words, up to this many tokens")
     p.flag("prompt_len", 8, "longest prompt in tokens")
     p.flag("max_new", 24, "longest completion in tokens")
@@ -61,6 +61,7 @@ def get_args(argv=None):
     p.flag("gamma", 1.0, "discount; 1: texts are short, and what counts is their whole score")
     p.flag("lam", 0.95, "GAE's lambda: 1 trusts the returns, 0 the critic")
     p.flag("kl", 0.002, "weight of the KL divergence to the frozen start: higher keeps the text nearer to what it was")
+    p.flag("kl_in", "loss", "loss: GRPO's, steady while no reward is found; reward: Llama 2's, keeps text readable", choices=["loss", "reward"])
     p.flag("entropy", 0.0, "weight of the entropy bonus")
     p.flag("vf", 0.5, "weight of the critic's loss")
     p.flag("normalize", "advantages", "PPO: whiten advantages, the batch's rewards, or nothing", choices="advantages rewards none".split())
@@ -467,6 +468,8 @@ def improve(name, algo, policy, start, reward, lines, args, file, tails=False, p
         score = final(prefix, mask)                                 # (B,)
         with torch.no_grad():
             ref = replay(start, ids, left, R)[0]
+        # in the reward, log p/ref is KL's right gradient: the best policy is start x exp(score / kl), normalised. in the loss it is k3
+        cost = args.kl * (old - ref) * mask * (args.kl_in == "reward")
         if algo == "rejection":                                     # the best 64 winners of all rounds; of equals the newest
             pool.update({tuple(ids[i].tolist()): (score[i].item(), left[i].item())
                          for i in score.view(-1, G).argmax(1) + torch.arange(0, B, G, device=args.device)})
@@ -487,11 +490,11 @@ def improve(name, algo, policy, start, reward, lines, args, file, tails=False, p
                     earned = torch.diff(prefix, dim=1, prepend=0 * prefix[:, :1]) * mask if args.per_step else \
                         torch.zeros_like(prefix).scatter(1, mask.sum(1, keepdim=True) - 1, score[:, None])
                     earned = args.reward_scale * (whiten(earned, mask) if args.normalize == "rewards" else earned)
-                    adv, returns = gae(earned, old_value, mask, args.gamma, args.lam)
+                    adv, returns = gae(earned - cost, old_value, mask, args.gamma, args.lam)
                     adv = whiten(adv, mask) if args.normalize == "advantages" else adv
                 else:
-                    adv = group_advantages(args.reward_scale * score, G, algo)[:, None].expand(-1, R)
-            loss = average(policy_loss(logp, old, adv, args.clip) + args.kl * kl_k3(logp, ref), mask, algo)
+                    adv = group_advantages(args.reward_scale * score - cost.sum(1), G, algo)[:, None].expand(-1, R)
+            loss = average(policy_loss(logp, old, adv, args.clip) + args.kl * (args.kl_in == "loss") * kl_k3(logp, ref), mask, algo)
             if args.entropy:
                 loss = loss + args.entropy * average((every.exp() * every).sum(2), mask, algo)
             if algo == "ppo":

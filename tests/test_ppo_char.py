@@ -410,16 +410,17 @@ def test_every_algorithm_climbs(small, tmp_path, algo):
     assert curve[0][1] < 0.35 and np.mean([row[1] for row in curve[-3:]]) > curve[0][1] + 0.25
 
 
-def test_the_kl_weight_keeps_the_policy_near(small, tmp_path):
+@pytest.mark.parametrize("flags", [["--kl_in", "loss"], ["--kl_in", "reward"], ["--kl_in", "reward", "--algo", "rloo"]])
+def test_the_kl_weight_keeps_the_policy_near(small, tmp_path, flags):
     kl = []
     for weight in ("0", "1"):
-        args = small("--reward", "white_less", "--iterations", "15", "--rl_lr", "0.003", "--kl", weight)
+        args = small("--reward", "white_less", "--iterations", "15", "--rl_lr", "0.003", "--kl", weight, *flags)
         corpus = pc.Corpus(args)
         torch.manual_seed(0)
         model = pc.Transformer(len(corpus.tok.tokens), 12, args)
         model.lm_head.bias.data[[pc.EOS, corpus.tok.encode(" ")[0]]] = 3.0
         start = copy.deepcopy(model).requires_grad_(False)
-        kl.append(pc.improve("t", "ppo", model, start, pc.Rule(args, corpus.tok), corpus.train, args, tmp_path / f"{weight}.pt")["curve"][-1][2])
+        kl.append(pc.improve("t", args.algo, model, start, pc.Rule(args, corpus.tok), corpus.train, args, tmp_path / f"{weight}.pt")["curve"][-1][2])
     assert kl[1] < kl[0] / 2
 
 

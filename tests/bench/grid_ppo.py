@@ -5,7 +5,7 @@ out/grid_ppo.jsonl, so a stopped series goes on where it was. Prints markdown ta
 grid:   {PPO, GRPO, RLOO, rejection sampling} x {pattern, white_more, white_less, letters} x seeds: the share of the attainable maximum
         that the last policy earns (mean of 256 samples), over seeds: mean, worst, seconds of reinforcement learning, KL, distinct samples
 claims: learned, sinusoidal, rotary positions; 1, 2, 3 tokens at a time; shared and separate critic; reward scale; normalisation; ...
-kl:     the KL weight against reward, KL, distinct samples and surprise (nats per token under the start: how odd the text is to it)
+kl:     the KL weight, in the loss and in the reward, against reward, KL, distinct samples and surprise (nats per token under the start: how odd the text is to it)
 """
 import argparse, contextlib, io, json, pathlib, sys
 
@@ -65,7 +65,8 @@ def main():
     if args.part in ("all", "claims"):
         table(CLAIMS, min(args.seeds, 2), ["pretrain_loss", *columns, "ratio_error"])
     if args.part in ("all", "kl"):
-        table({f"{r}, --kl {k}": f"--reward {r} --kl {k}" for r in ("length", "white_less", "letters") for k in ("0.002", "0.02", "0.1", "0.3")}, 1, columns)
+        table({f"length, --kl_in {w} --kl {k}": f"--reward length --kl_in {w} --kl {k}" for w in ("loss", "reward") for k in ("0", "0.002", "0.01", "0.03", "0.1")},
+              1, columns)
 
 
 if __name__ == "__main__":

@@ -198,43 +198,22 @@ class GPTNeoX(nn.Module):
         return self.final_layer_norm(self.layers[-1](x, mask, rope, rows))
 
 
-def read_safetensors(path):
-    """A .safetensors file -> {name: tensor}, views of its pages. 8 bytes of length, so much JSON, then the tensors."""
-    kinds = dict(F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16)         # what weights come in; the rest is left out
-    pages, found = torch.from_file(str(path), size=path.stat().st_size, dtype=torch.uint8), {}
-    n = int.from_bytes(bytes(pages[:8].tolist()), "little")
-    if n > min(len(pages) - 8, 100 << 20):
-        raise ValueError("it is cut off")
-    for name, entry in json.loads(pages[8:8 + n].numpy().tobytes()).items():
-        if entry.get("dtype") in kinds:
-            begin, end = (8 + n + i for i in entry["data_offsets"])
-            x, kind = pages[begin:end], kinds[entry["dtype"]]
-            found[name] = (x if begin % kind.itemsize == 0 else x.clone()).view(kind).view(entry["shape"])   # old files align nothing
-    return found
-
-
 def load_trunk(folder, dtype=torch.float32):
     """A folder in Hugging Face's layout -> GPTNeoX in dtype, whatever its files hold. One or many .safetensors or .bin."""
-    path = (folder := pathlib.Path(folder)) / "config.json"
-    try:
-        config = json.loads(path.read_text())
+    folder = pathlib.Path(folder)
+    config, bins = common.read_json(folder / "config.json"), sorted(folder.glob("pytorch_model*.bin"))
+    with common.reading(folder):
         if config.get("model_type", "gpt_neox") != "gpt_neox":
             raise ValueError(f"it is a {config['model_type']}, not a gpt_neox")
         cfg = Config(config)
-        names = ["model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"]
-        path = next((folder / n for n in names if (folder / n).exists()), folder / names[0])
-        index = json.loads(path.read_text())["weight_map"].values() if path.suffix == ".json" else [path.name]
-        found = {}
-        for path in (folder / pathlib.Path(n).name for n in sorted(set(index))):
-            found.update(read_safetensors(path) if path.suffix == ".safetensors" else
-                         torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+        if bins and not any(folder.glob("model*.safetensors")):
+            found = {k: x for path in bins for k, x in torch.load(path, map_location="cpu", weights_only=True, mmap=True).items()}
+        else:
+            found = {k: x.tensor() for k, x in common.find_tensors(folder).items()}
         found = {k.removeprefix("gpt_neox."): x for k, x in found.items()}
         with torch.device("meta"):
             trunk = GPTNeoX(cfg)
-        trunk.load_state_dict({k: found[k].to(dtype) for k in trunk.state_dict()}, assign=True)   # the rest: words, buffers
-    except Exception as e:              # a broken zip, pickle, JSON or shape: each its own error
-        why = f"lacks {e}" if isinstance(e, KeyError) else str(e).splitlines()[0] if str(e) else type(e).__name__
-        sorry(f"{path} is not part of a GPT-NeoX that can be read ({why})")
+        trunk.load_state_dict({k: found[k].to(dtype) for k in trunk.state_dict()}, assign=True)     # the rest: words, buffers
     return trunk
 
 
@@ -267,9 +246,8 @@ def trunk_dtype(args, device, trained):
     """float32 if any of it is trained; else the fastest that the hardware multiplies: bfloat16, float16 (older GPUs), float32."""
     if trained or args.dtype != "auto":
         return torch.float32 if trained else getattr(torch, args.dtype)
-    if device == "cpu" and not any(getattr(torch.cpu, f"_is_{x}_supported", bool)() for x in ("avx512_bf16", "amx_tile")):
-        return torch.float32        # without these instructions bfloat16 is emulated, and slower
-    return torch.bfloat16 if device == "cpu" or device == "cuda" and torch.cuda.is_bf16_supported(False) else torch.float16
+    name = common.fast_dtype(device)
+    return torch.float16 if device == "cuda" and name == "float32" else getattr(torch, name)
 
 
 def find_trunk(args, device):
@@ -368,15 +346,10 @@ def train(args, data, file, device):
     trunk, adapter, params = build(args, device)
     optimizer = torch.optim.AdamW(params, lr=args.lr, weight_decay=args.weight_decay, fused=True)
     step, seconds, losses, count = 0, 0.0, [], sum(p.numel() for p in params)
-    if file.exists():
-        state = common.load_checkpoint(file)
-        try:
-            adapter.load_state_dict(state["adapter"])
-            trunk.load_state_dict(state["trunk"], strict=False)
-            optimizer.load_state_dict(state["optimizer"])
-            step, seconds = state["step"], state["seconds"]
-        except (RuntimeError, KeyError, TypeError, ValueError, AttributeError):
-            sorry(f"{file} holds a model of another shape than the flags ask for; remove it to train anew")
+    state = common.resume(file, adapter=adapter, optimizer=optimizer)
+    if state:
+        trunk.load_state_dict(state["trunk"], strict=False)         # what was trained of it; the rest is frozen, and there already
+        step, seconds = state["step"], state["seconds"]
     dtype, size = next(trunk.parameters()).dtype, sum(p.numel() for p in trunk.parameters())
     print(f"{args.model}: {trunk.cfg.n_layer} layers, width {trunk.cfg.n_embd}, {size:,} weights in {str(dtype)[6:]}; trained: {count:,}")
     if step == args.steps:

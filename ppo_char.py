@@ -24,6 +24,9 @@ from common import sorry
 PAD, BOS, EOS, UNK = range(4)
 OUT, DATA, SAVE_EVERY, LOOK_EVERY = pathlib.Path("out"), pathlib.Path(__file__).resolve().parent / "data", 20, 20
 
+# Llama 2's betas; its eps of 1e-5 is more than many a gradient here
+adamw = functools.partial(torch.optim.AdamW, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, fused=True)
+
 # ---- flags -----------------------------------------------------------------------------------------------------------------
 
 def get_args(argv=None):
@@ -61,7 +64,7 @@ def get_args(argv=None):
     p.flag("gamma", 1.0, "discount; 1: texts are short, and what counts is their whole score")
     p.flag("lam", 0.95, "GAE's lambda: 1 trusts the returns, 0 the critic")
     p.flag("kl", 0.002, "weight of the KL divergence to the frozen start: higher keeps the text nearer to what it was")
-    p.flag("kl_in", "loss", "loss: GRPO's, steady while no reward is found; reward: Llama 2's, keeps text readable", choices=["loss", "reward"])
+    p.flag("kl_in", "loss", "GRPO's way, steady before any reward is found, or Llama 2's, which keeps nearer", choices=["loss", "reward"])
     p.flag("entropy", 0.0, "weight of the entropy bonus")
     p.flag("vf", 0.5, "weight of the critic's loss")
     p.flag("normalize", "advantages", "PPO: whiten advantages, the batch's rewards, or nothing", choices="advantages rewards none".split())
@@ -202,7 +205,7 @@ class Transformer(nn.Module):
         self.wte, self.wpe = nn.Embedding(V, C), nn.Embedding(block_size, C) if args.pos == "learned" else None
         self.blocks, self.ln_f = nn.ModuleList(Block(C, args.n_head) for _ in range(args.n_layer)), nn.LayerNorm(C)
         self.ahead = nn.Linear(C, args.n_predict * C) if args.n_predict > 1 else None
-        self.lm_head, self.value_head = nn.Linear(C, V), nn.Linear(C, 1)
+        self.lm_head, self.value = nn.Linear(C, V), nn.Sequential(nn.Linear(C, 1), nn.Flatten(1))       # value: (B, K, C) -> (B, K)
         for name, p in self.named_parameters():                     # GPT-2's initialisation; values begin at 0
             if "ln_" not in name:
                 nn.init.normal_(p, std=0.0 if "bias" in name or "value" in name else 0.02)
@@ -229,9 +232,6 @@ class Transformer(nn.Module):
     def predict(self, x):
         """hidden states (B, K, C) -> logits (B, K, N, V) of the N tokens that follow each, none of which sees the others."""
         return self.lm_head(x[:, :, None] if self.ahead is None else x[:, :, None] + self.ahead(x).unflatten(2, (self.n_predict, -1)))
-
-    def value(self, x):
-        return self.value_head(x)[..., 0]
 
 # ---- rewards: automata over tokens, so that what can be attained is known -------------------------------------------------------
 
@@ -392,7 +392,7 @@ def restore(file, **parts):
     """Load modules and optimizers from a checkpoint if it is there. -> the rest of its state, {} without one."""
     state = common.load_checkpoint(file) if file.exists() else {}
     try:
-        for name, part in parts.items() if file.exists() else ():
+        for name, part in parts.items() if state else ():
             part.load_state_dict(state.pop(name))
     except (RuntimeError, KeyError, TypeError, ValueError, AttributeError):
         sorry(f"{file} holds something of another shape than the flags ask for; remove it to start anew")
@@ -409,10 +409,6 @@ def descend(loss, optimizer, where):
     optimizer.step()
 
 
-def adamw(weights, lr):                             # betas: Llama 2's. its eps of 1e-5 is more than many a gradient here
-    return torch.optim.AdamW(weights, lr=lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, fused=True)
-
-
 def next_token_loss(model, rows, device):
     """Lists of ids -> cross-entropy of each token's successors, all N of them."""
     ids, left = (x.to(device) for x in pad(rows, max(map(len, rows)) + model.n_predict - 1, "right"))
@@ -427,7 +423,7 @@ def pretrain(corpus, args, file):
     train, held = ([line[i:i + T + 1] for line in lines for i in range(0, len(line) - 1, T)] for lines in (corpus.train, corpus.held))
     torch.manual_seed(args.seed)
     model = Transformer(len(corpus.tok.tokens), T, args).to(args.device)
-    optimizer = adamw(model.parameters(), args.lr)
+    optimizer = adamw(model.parameters(), lr=args.lr)
     state = dict(dict(step=0, seconds=0.0), **restore(file, model=model, optimizer=optimizer))
     began, bar = time.time() - state["seconds"], tqdm(total=args.steps, initial=state["step"], desc="pretraining", disable=None)
     for step in range(state["step"], args.steps):
@@ -452,7 +448,7 @@ def improve(name, algo, policy, start, reward, lines, args, file, tails=False, p
     and the pool of rejection sampling, {ids: (score, pads on the left)}."""
     R, G, B = args.max_new, args.group, args.prompts * args.group
     critic = policy if args.value == "shared" else copy.deepcopy(start).requires_grad_(True)
-    optimizer = adamw([*policy.parameters(), *(critic.parameters() if critic is not policy else ())], args.rl_lr)
+    optimizer = adamw([*policy.parameters(), *(critic.parameters() if critic is not policy else ())], lr=args.rl_lr)
     parts = dict(policy=policy, critic=critic, optimizer=optimizer)
     state = dict(dict(step=0, curve=[], pool=pool or {}, seconds=0.0), **restore(file, **parts))
     curve, pool = state["curve"], state["pool"]
@@ -585,7 +581,7 @@ def learn_reward(policy, start, corpus, pairs, args, v):
     R, rng, model = args.max_new, np.random.default_rng((args.seed, 2, v)), copy.deepcopy(start).requires_grad_(True)
     new, held = ask_judge(policy, corpus, args.pairs, args, rng), ask_judge(policy, corpus, 256, args, rng)
     pairs = [torch.cat(x) for x in zip(pairs, new)] if pairs else new
-    order, optimizer = torch.randperm(len(pairs[0])), adamw(model.parameters(), 5e-4)
+    order, optimizer = torch.randperm(len(pairs[0])), adamw(model.parameters(), lr=5e-4)
     for at in range(0, len(order), 32):             # a cosine to a tenth after a warm-up of 3%, as Llama 2's
         optimizer.param_groups[0]["lr"] = 5e-4 * min((at + 1) / (0.03 * len(order)), 0.55 + 0.45 * math.cos(math.pi * at / len(order)))
         ids, left, margin = (x[order[at:at + 32]] for x in pairs)
@@ -602,7 +598,7 @@ def rlhf(policy, corpus, args, file):
     improves the policy by rejection sampling (V1-V4) or PPO (V5). -> {version: (metrics, samples)}; right_3 ... right_0 are the
     reward model's accuracies, the clearest preferences first."""
     R, rng = args.max_new, np.random.default_rng((args.seed, 2))
-    optimizer, order = adamw(policy.parameters(), args.lr / 10), np.concatenate([rng.permutation(len(corpus.quotes)) for _ in range(2)])
+    optimizer, order = adamw(policy.parameters(), lr=args.lr / 10), np.concatenate([rng.permutation(len(corpus.quotes)) for _ in range(2)])
     for at in range(0, len(order), 32):             # SFT: two epochs, the loss on the answer alone
         prompts, left, rests = draw_prompts([corpus.quotes[i] for i in order[at:at + 32]], 32, 1, args, rng, tails=True)
         ids = torch.cat([prompts, pad(rests, R, "right")[0].to(args.device)], 1)

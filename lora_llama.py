@@ -181,14 +181,13 @@ def from_tokenizer_json(spec):
     return ByteBPE({bytes(BYTE_OF[c] for c in t): vocab[t] for t in tokens}, special, add_bos, pattern)
 
 def from_tiktoken(raw):
-    """Llama 3's own file: a token in base64 and its rank on each line; 256 special tokens follow."""
+    """Llama 3's own file: a token in base64 and its rank on each line; 256 special tokens follow, of which three are used here."""
     vocab = {base64.b64decode(t, validate=True): int(rank) for t, rank in (line.split() for line in raw.splitlines() if line)}
-    n, r = len(vocab), "reserved_special_token_"
+    n = len(vocab)
     if sorted(vocab.values()) != list(range(n)):
         raise ValueError("its ranks are not 0, 1, 2, ...")
-    names = ["begin_of_text", "end_of_text", r + "0", r + "1", "finetune_right_pad_id", r + "2", "start_header_id", "end_header_id",
-             "eom_id", "eot_id", "python_tag", *(f"{r}{i}" for i in range(3, 248))]
-    return ByteBPE(vocab, {f"<|{name}|>": n + i for i, name in enumerate(names)}, True, LLAMA3)
+    special = {"<|begin_of_text|>": n, "<|end_of_text|>": n + 1, "<|eot_id|>": n + 9, "<|reserved_special_token_247|>": n + 255}
+    return ByteBPE(vocab, special, True, LLAMA3)
 
 def protobuf(raw):
     """[(field, value)] of one protobuf message: ints, or bytes for strings, messages and fixed-width numbers."""
@@ -250,7 +249,7 @@ def collate(packed, device):
         for d, (ids, n) in enumerate(seq):
             n = max(n, 1)                       # the last prompt token foretells the first of the answer
             rows[-1] += zip(ids, [-1] * (n - 1) + ids[n:] + [-1], range(len(ids)), [d] * len(ids))
-    T = max(map(len, rows))
+    T = max(map(len, rows))  # the shorter ones are padded with example -1
     return torch.tensor([row + [(0, -1, 0, -1)] * (T - len(row)) for row in rows], device=device).unbind(-1)
 
 def only_own_example(doc):
@@ -272,15 +271,15 @@ def read_config(path):
                    activation=c.get("hidden_act", "silu") != "silu" and c["hidden_act"], model=not llama and name)
         for k, v in odd.items():
             not v or sorry(f"{path} asks for the {k} {v}; only Llama 2, Llama 3 and their look-alikes are handled")
-        heads, eos, bos = c["num_attention_heads"], c.get("eos_token_id", 2), c.get("bos_token_id", 1)
+        heads, eos, bos = c["num_attention_heads"], c.get("eos_token_id", 2), c.get("bos_token_id", 1)  # eos may be a list
         sizes = dict(vocab_size=c["vocab_size"], n_embd=c["hidden_size"], n_ff=c["intermediate_size"], n_layer=c["num_hidden_layers"],
                      n_head=heads, n_kv_head=c.get("num_key_value_heads") or heads, head_dim=c.get("head_dim") or c["hidden_size"] // heads)
         stretch = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
         cfg = types.SimpleNamespace(
             **sizes, eps=float(c.get("rms_norm_eps", 1e-6)), theta=float(rope.get("rope_theta") or c.get("rope_theta", 1e4)),
             stretch=[float(rope[k]) for k in stretch] if kind == "llama3" else [], tied=bool(c.get("tie_word_embeddings")),
-            bos=[] if bos is None else [bos], eos=eos if isinstance(eos, list) and eos else [eos],
-            dtype=str(c.get("dtype") or c.get("torch_dtype")), quantized=bool(c.get("quantization_config")))
+            dtype=str(c.get("dtype") or c.get("torch_dtype")), bos=[] if bos is None else [bos],
+            eos=eos if isinstance(eos, list) and eos else [eos])
         if not (all(type(i) is int and 0 <= i < cfg.vocab_size for i in cfg.bos + cfg.eos) and min(*sizes.values(), *cfg.stretch) > 0
                 and cfg.n_head % cfg.n_kv_head == cfg.head_dim % 2 == 0 <= cfg.eps < 1 < cfg.theta < math.inf):
             raise ValueError("its numbers do not fit each other")           # whether the tensors fit them is for load_model to see
@@ -339,8 +338,8 @@ class Block(nn.Module):
         return proj.o_proj(y.reshape(B, T, nh * hs))
     def forward(self, x, cos, sin, mask, cache):
         x = x + self.attend(self.input_layernorm(x), cos, sin, mask, cache)
-        h, mlp = self.post_attention_layernorm(x), self.mlp
-        return x + mlp.down_proj(F.silu(mlp.gate_proj(h)) * mlp.up_proj(h))
+        h, mlp = self.post_attention_layernorm(x), self.mlp             # (B, T, C)
+        return x + mlp.down_proj(F.silu(mlp.gate_proj(h)) * mlp.up_proj(h))  # (B, T, n_ff) inside
 
 class Llama(nn.Module):
     """The whole model; its parameters are named as in Hugging Face's files, less the leading 'model.'."""
@@ -350,7 +349,7 @@ class Llama(nn.Module):
         self.embed_tokens = nn.Embedding(cfg.vocab_size, cfg.n_embd)
         self.layers = nn.ModuleList(Block(cfg, i) for i in range(cfg.n_layer))
         self.norm = nn.RMSNorm(cfg.n_embd, cfg.eps)
-        if not cfg.tied:
+        if not cfg.tied:  # else the embedding is the head
             self.lm_head = Linear(cfg.n_embd, cfg.vocab_size)
     def forward(self, ids, pos=None, mask=None, cache=None):
         """ids, pos (B, T), mask (B, 1, T, S) bool or None for plain causal -> hidden states (B, T, C), for logits()."""
@@ -421,7 +420,7 @@ def quantize_nf4(w, double=True):
     packed, absmax = torch.empty(len(flat) // 2, dtype=torch.uint8, device=device), torch.empty(len(flat) // BLOCK, device=device)
     low, threshold, _ = tables(device)
     for i in range(0, len(flat), CHUNK):
-        x = flat[i:i + CHUNK].view(-1, BLOCK).float()
+        x = flat[i:i + CHUNK].view(-1, BLOCK).float()                   # (blocks, 64)
         top = absmax[i // BLOCK:(i + CHUNK) // BLOCK].copy_(x.abs().amax(1))
         x = (x * (1 / top.clamp(min=1e-38))[:, None]).view(-1)          # the reciprocal first, as bitsandbytes: last bits differ
         key = (x.view(torch.int32) >> 16) & 0xffff                      # the upper half of each float
@@ -429,8 +428,8 @@ def quantize_nf4(w, double=True):
         torch.add(code[::2] << 4, code[1::2], out=packed[i // 2:(i + CHUNK) // 2])
     if double:
         offset, code = absmax.mean(), dynamic_map().to(device)
-        rows = F.pad(absmax - offset, (0, -len(absmax) % BLOCK2)).view(-1, BLOCK2)
-        top = rows.abs().amax(1)
+        rows = F.pad(absmax - offset, (0, -len(absmax) % BLOCK2)).view(-1, BLOCK2)  # signed: the mean is taken off first
+        top = rows.abs().amax(1)  # one fp32 for 256 maxima of 64 weights: 0.002 bits each
         rows = torch.bucketize(rows * (1 / top.clamp(min=1e-38))[:, None], (code[1:] + code[:-1]) / 2)
         absmax, nested = rows.to(torch.uint8).view(-1)[:len(absmax)].clone(), (code, top, float(offset), BLOCK2)
     return NF4(packed[:(n + 1) // 2], absmax, tuple(w.shape), BLOCK, nested)
@@ -448,7 +447,7 @@ def dequantize_nf4(q, dtype):
     packed = F.pad(packed, (0, -len(packed) % (q.block // 2))) if 2 * len(packed) % q.block else packed
     pairs, out = tables(packed.device)[2], torch.empty(2 * len(packed), dtype=dtype, device=packed.device)
     for i in range(0, len(out), CHUNK):
-        x = pairs.index_select(0, packed[i // 2:(i + CHUNK) // 2].int()).view(torch.float32).view(-1, q.block)
+        x = pairs.index_select(0, packed[i // 2:(i + CHUNK) // 2].int()).view(torch.float32).view(-1, q.block)  # (blocks, block)
         out[i:i + CHUNK].view(-1, q.block).copy_(x.mul_(absmax[i // q.block:(i + CHUNK) // q.block, None]))
     return out[:n].view(q.shape)
 
@@ -469,6 +468,7 @@ if triton:
         else:
             top = tl.load(absmax + at)
         return tl.load(code + (byte >> 4)) * top, tl.load(code + (byte & 15)) * top
+
     @triton.jit
     def dequantize_kernel(packed, absmax, code, code2, absmax2, offset, block, block2, out, n, TILE: tl.constexpr):
         """out[2i], out[2i + 1] = the two weights of packed[i], n bytes in all"""
@@ -477,6 +477,7 @@ if triton:
         first, second = two_weights(i, packed, absmax, code, code2, absmax2, offset, block, block2)
         tl.store(out + 2 * i, first.to(out.dtype.element_ty))
         tl.store(out + 2 * i + 1, second.to(out.dtype.element_ty))
+
     @triton.jit
     def matvec_kernel(packed, absmax, code, code2, absmax2, offset, block, block2, x, y, n_out, n, TILE: tl.constexpr, ROWS: tl.constexpr):
         """y (n_out) = W x, W (n_out, 2 n) in NF4: each weight is read once, as 4 bits, and never written"""
@@ -484,7 +485,7 @@ if triton:
         total = tl.zeros((ROWS, TILE), tl.float32)
         for start in range(0, n, TILE):
             j = start + tl.arange(0, TILE)[None, :]                     # (1, TILE) bytes of each row
-            i = row * n + tl.minimum(j, n - 1)                    # (ROWS, TILE)
+            i = row * n + tl.minimum(j, n - 1)                          # (ROWS, TILE)
             first, second = two_weights(i, packed, absmax, code, code2, absmax2, offset, block, block2)
             total += first * tl.load(x + 2 * j, mask=j < n, other=0).to(tl.float32)
             total += second * tl.load(x + 2 * j + 1, mask=j < n, other=0).to(tl.float32)
@@ -521,9 +522,9 @@ class Linear(nn.Module):
             y = x.new_empty(*x.shape[:-1], n_out)                       # one token of one sequence
             matvec_kernel[(triton.cdiv(n_out, 4),)](*kernel_arguments(self.q), x.contiguous(), y, n_out, n_in // 2, ROWS=4, TILE=256)
         else:
-            y = MatMul4.apply(x, self.q)
+            y = MatMul4.apply(x, self.q)                                # (..., n_out)
         if self.lora_A is not None:
-            z = F.dropout(x, self.dropout, self.training).to(self.lora_A.dtype)
+            z = F.dropout(x, self.dropout, self.training).to(self.lora_A.dtype)  # (..., n_in), fp32
             y = y + (F.linear(F.linear(z, self.lora_A), self.lora_B) * self.scale).to(y.dtype)
         return y
 
@@ -534,7 +535,7 @@ def add_lora(model, args, names=None):
     """Freeze the model and put a fresh update on the layers of these names, or on args.targets: A (r, n_in) uniform as in
     nn.Linear, B (n_out, r) zero, so that it begins as the identity."""
     torch.manual_seed(args.seed)
-    model.requires_grad_(False)
+    model.requires_grad_(False)  # what is added below is all that learns
     for name, m in linears(model).items():
         if name in names if names else name.split(".")[-1] in args.targets:
             (n_out, n_in), r, device = m.shape, args.lora_r, (m.q.packed if m.q else m.weight).device
@@ -561,8 +562,7 @@ def fetch_model(name):
             answer.ok or sorry(f"{hub} refuses {name} (HTTP {answer.status_code}); if it is gated, ask for access there and set HF_TOKEN")
             files = {f["path"]: (f["size"], f.get("lfs", {}).get("oid")) for f in answer.json() if f["type"] == "file"}
         wanted = [f for f in files if re.fullmatch(r"model[\w-]*\.safetensors(\.index\.json)?|tokenizer\.(json|model)|config\.json", f)]
-        any(f.endswith(".safetensors") for f in wanted) or sorry(f"{name} holds no safetensors files (.bin and .pth are not read)")
-        for f in sorted(wanted, key="config.json".__eq__):
+        for f in sorted(wanted, key="config.json".__eq__):  # config.json last
             common.download(f"{hub}/{name}/resolve/main/{f}", folder / f, *files[f], headers=headers)
     return folder
 
@@ -587,7 +587,6 @@ def load_model(folder, dtype="auto", four_bit=False, double=True, device="cpu", 
     cfg, found = read_config(folder / "config.json"), find_tensors(folder)
     n_layer = len({n.split(".")[2] for n in found if n.startswith("model.layers.")})       # before a billion of them are made
     cfg.n_layer == n_layer or sorry(f"{folder} holds {n_layer} layers, its config.json says {cfg.n_layer}")
-    not cfg.quantized or any(n.endswith(STATE) for n in found) or sorry(f"{folder} is quantized, and not in bitsandbytes' NF4 layout")
     dtype = FLOATS[dtype if dtype != "auto" else "float32" if "float32" in cfg.dtype else "bfloat16"]
     with reading(folder / "config.json"), torch.device("meta"):             # the structure alone, no memory yet
         model = Llama(cfg)
@@ -616,8 +615,7 @@ def save_adapter(model, folder, args, base):
     write_safetensors(folder / "adapter_model.safetensors", {n: (p.dtype, p.shape) for n, p in tensors.items()}, tensors.get)
     write_json(folder / "adapter_config.json", dict(
         peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=str(base), r=args.lora_r, lora_alpha=args.lora_alpha,
-        lora_dropout=args.lora_dropout, target_modules=sorted({n.split(".")[-3] for n in tensors}), use_rslora=args.rslora,
-        bias="none", fan_in_fan_out=False, inference_mode=True, init_lora_weights=True))
+        lora_dropout=args.lora_dropout, use_rslora=args.rslora, target_modules=sorted({n.split(".")[-3] for n in tensors})))
 
 # what may stand in adapter_config.json without changing what the tensors mean; whatever else is set is refused by name
 HARMLESS = """task_type r lora_alpha lora_dropout target_modules exclude_modules base_model_name_or_path revision auto_mapping
@@ -675,7 +673,7 @@ def generate(model, prompts, max_new, eos, temperature=0.0, top_p=1.0, repetitio
     for end in range(T, T + max_new):
         new = slice(cache.T, end)                                                       # the whole prompt, then token by token
         x = model(ids[:, new], (at[new] - pad).clamp(min=0), mask[:, :, new, :end], cache)
-        drawn = common.sample(model.logits(x[:, -1]).float(), temperature, 0, top_p, repetition_penalty, ids, generator)[:, None]
+        drawn = common.sample(model.logits(x[:, -1]).float(), temperature, 0, top_p, repetition_penalty, ids, generator)[:, None]  # (B, 1)
         ids, stopped = torch.cat([ids, drawn], 1), stopped | torch.isin(drawn, ends)
         if stopped.all():
             break
@@ -710,7 +708,7 @@ def complete(model, rows, tok, args):
 def loss_of(model, packed):
     """Sum of -log p over the labelled tokens of packed sequences (a scalar with gradient), and how many there are."""
     ids, labels, pos, doc = collate(packed, model.norm.weight.device)
-    x = model(ids, pos, only_own_example(doc))
+    x = model(ids, pos, only_own_example(doc))                          # (B, T, C)
     x, y, total = x[labels >= 0], labels[labels >= 0], 0.0              # (N, C), (N,): answers alone reach the head
     for part, target in zip(x.split(1024), y.split(1024)):              # 128k logits in fp32 are half a megabyte per token
         total = total + F.cross_entropy(model.logits(part).float(), target, reduction="sum")
@@ -730,12 +728,9 @@ def train(model, packed, epochs, lr, batch_size, path, args, name):
     steps, start, loss = max(1, round(epochs * per_epoch)), 0, math.nan
     warm = max(1, round(0.03 * steps))
     opt = torch.optim.AdamW(params.values(), lr=lr, betas=(0.9, 0.95), weight_decay=0.1)       # the last two as in Llama 2
-    for p in params.values():
-        p.grad = torch.zeros_like(p)
     model.train()
     shaped_by = "model adapter load_4bit double_quant dtype seed lora_r lora_alpha lora_dropout rslora micro_batch".split()
-    run = [steps, lr, batch_size, [str(getattr(args, k)) for k in shaped_by], [*params], packed]
-    run = hashlib.sha256(json.dumps(run).encode()).hexdigest()
+    run = repr([steps, lr, batch_size, [vars(args)[k] for k in shaped_by], [*params], hashlib.sha256(repr(packed).encode()).hexdigest()])
     if saved := common.resume(path, opt=opt):
         saved["run"] == run or sorry(f"{path} is from a run with other flags or data; remove it, or choose another --out")
         start, loss = saved["step"], saved["loss"]
@@ -750,7 +745,8 @@ def train(model, packed, epochs, lr, batch_size, path, args, name):
         batch = [packed[i] for i in order[step % per_epoch * batch_size:][:batch_size]]
         count = sum(len(ids) - max(n, 1) for seq in batch for ids, n in seq)            # answer tokens of all processes
         total = torch.zeros((), device=model.norm.weight.device)
-        opt.zero_grad(set_to_none=False)
+        for p in params.values():
+            p.grad = torch.zeros_like(p)        # not None: under torchrun a process may be without a share of the batch
         for i in range(RANK * args.micro_batch, len(batch), WORLD * args.micro_batch):
             torch.manual_seed((args.seed * 1_000_003 + step) * 4093 + i)                # of the dropout
             part = loss_of(model, batch[i:i + args.micro_batch])[0] / count
@@ -843,8 +839,7 @@ def main():
         held, taught = rows[:n_held], rows[n_held:]
         packed, held_packed = (pack(tokenize(part, tok), args.block_size, rng) for part in (taught, held))
         packed or sorry(f"--block_size {args.block_size} is shorter than every prompt in {args.data}")
-        fill = sum(len(ids) for seq in packed for ids, _ in seq) / len(packed) / args.block_size
-        print(f"data: {len(taught)} examples in {len(packed)} sequences, {fill:.0%} full; {len(held)} held out")
+        print(f"data: {len(taught)} examples in {len(packed)} sequences of up to {args.block_size} tokens; {len(held)} held out")
         shown = held or taught[:2]
         metrics["loss_before"], before = evaluate(model, held_packed, args), complete(model, shown[:2], tok, args)
         metrics["train_loss"] = train(model, packed, args.epochs, args.lr, args.batch_size, out / "train.pt", args, "tune")
@@ -853,10 +848,10 @@ def main():
         metrics["stopped"] = sum(row["stopped"] for row in after) / len(after)
         for was, now in zip(before, after):
             print(f"{now['prompt']!r}, wanted {now['answer']!r}\n    before {was['completion']!r}\n    after  {now['completion']!r}")
-        if RANK == 0:
+    if RANK == 0:
+        if args.epochs > 0:
             save_adapter(model, out, args, folder)
             (out / "train.pt").unlink()         # the adapter is whole: the next run starts anew
-    if RANK == 0:
         if args.prompts:
             rows = complete(model, read_jsonl(args.prompts, ["prompt"]), tok, args)
             with common.whole_file(out / "completions.jsonl") as part:

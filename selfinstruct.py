@@ -12,7 +12,7 @@ before anything is asked, so no test question is about a text trained on. 4. ans
 5. ROUGE-L sees all kept questions, through an index.
 Not handled: PDF, pages made by JavaScript, a teacher that bills more than max_tokens or cuts one token into several.
 """
-import array, collections, email.utils, hashlib, heapq, html, html.parser, ipaddress, json, math, os, pathlib, queue, re
+import array, collections, concurrent.futures, email.utils, hashlib, html, html.parser, ipaddress, json, math, os, pathlib, queue, re
 import socket, sys, threading, time, urllib.parse, urllib.robotparser, zlib
 import numpy as np
 import requests, urllib3
@@ -22,6 +22,7 @@ import common
 from common import sorry
 
 HERE, OPENAI = pathlib.Path(__file__).resolve().parent, "https://api.openai.com/v1"
+PAUSE = 1.0             # seconds before a second try; then it doubles
 
 # ---- flags -----------------------------------------------------------------------------------------------------------------
 
@@ -336,40 +337,38 @@ def cloze(job):
 
 
 class Journal:
-    """Append-only JSON lines, on disk before the run goes on: {"ask": n, "bound": $} before a request, {"n": n, "reply": ...}
-    or {"n": n, "free": why} after it. An ask without its second line may have been paid for: it counts with its bound."""
+    """Append-only JSON lines, on disk before the run goes on: {"ask": n, "bound": $} before a request, {"n": n, "key": its job's, "reply": ...,
+    "cost": $} or {"n": n, "free": why} after it. An ask without its second line may have been paid for: it counts with its bound."""
     def __init__(self, path):
-        self.replies, self.open, self.asks, self.spent = {}, {}, 0, 0.0
+        self.replies, self.open, self.asks, self.spent, self.lock = {}, {}, 0, 0.0, threading.Condition()
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.file, good, end = open(path, "ab+"), 0, b""
+        self.file, good = open(path, "ab+"), 0
         try:
             import fcntl
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)       # the system lets go of it however we die
         except ImportError:
             pass                                                        # windows: two runs at once are the user's care
         except OSError:
-            sorry(f"another run is writing to {path.parent}; wait for it or give another --out")
+            sorry(f"another run is writing to {path}; wait for it or give another --out")
         self.file.seek(0)
         for number, line in enumerate(self.file, 1):
             try:
-                self.count(json.loads(line))
+                self.count(json.loads(line) if line.endswith(b"\n") else {})
             except (ValueError, KeyError, TypeError):
                 if line.endswith(b"\n"):
                     sorry(f"{path} line {number} is not a line of this journal; remove that line to go on")
-                print(f"{path}: the last line was torn by a crash; cut off", file=sys.stderr)
-                break
-            good, end = good + len(line), b"" if line.endswith(b"\n") else b"\n"
+                break                                                   # torn by a crash: cut off
+            good += len(line)
         self.file.truncate(good)
-        self.file.write(end)                                            # a line that was whole but for its end
 
     def count(self, line):
         if "ask" in line:
             self.open[line["ask"]], self.asks = float(line["bound"]), line["ask"] + 1
-        else:
-            self.open.pop(line["n"], None)
-            if "reply" in line:
-                self.spent += line["cost"]
-                self.replies.setdefault(line["key"], line)
+            return
+        self.open.pop(line["n"], None)
+        if "key" in line:
+            self.spent += line["cost"]
+            self.replies.setdefault(line["key"], line)
 
     def write(self, **line):
         self.file.write(json.dumps(line).encode() + b"\n")
@@ -378,71 +377,74 @@ class Journal:
         self.count(line)
 
 
-def post(box, n, key, job, body, args):
-    """One attempt, in a thread of its own: puts (n, job, outcome) into box. Outcome: reply, finish, in, out (tokens); or why,
-    with free=True if nothing can have been billed, retry=False if it is no use, after=seconds if the server asks for a pause."""
-    got, url, patience = {}, args.api_base.rstrip("/") + "/chat/completions", (min(10, args.timeout), args.timeout)
+def post(args, key, idempotent, body):
+    """One attempt. -> reply, finish, in, out (tokens); or why, with free=True if nothing can have been billed, retry=False if it is no use,
+    after=seconds if the server asks for a pause."""
+    got, url = {}, args.api_base.rstrip("/") + "/chat/completions"
     # through auth, for requests would replace a plain header by what ~/.netrc has for the host
     auth = lambda r: r.headers.update({"Authorization": f"Bearer {key}"} if key else {}) or r
     try:
         # servers and gateways that know Idempotency-Key answer a repeated request from memory, unpaid; others ignore it
-        with requests.post(url, json=body, auth=auth, headers={"Idempotency-Key": job["key"]}, stream=True, timeout=patience,
-                           allow_redirects=False) as r:
-            raw, end, after, status = b"", time.monotonic() + args.timeout, r.headers.get("Retry-After"), r.status_code
+        with requests.post(url, json=body, auth=auth, headers={"Idempotency-Key": idempotent}, stream=True, allow_redirects=False,
+                           timeout=(min(10, args.timeout), args.timeout)) as r:
+            raw, status, after = b"", r.status_code, r.headers.get("Retry-After")
             # errors are not billed; but behind a 502 or 504 is a gateway that gave up on a teacher who may answer yet
-            got = dict(why=f"HTTP {status}", free=status not in (200, 502, 504),
-                       retry=status in (200, 408, 409, 425, 429) or status >= 500)
+            got = dict(why=f"HTTP {status}", free=status not in (200, 502, 504), retry=status in (200, 408, 409, 425, 429) or status >= 500)
             for block in r.iter_content(65536):
                 raw += block
-                if len(raw) > 1e6 or time.monotonic() > end:
+                if len(raw) > 1e6:
                     raise ValueError
         if status == 200:
             data = json.loads(raw)
             text, use = hide(str(data["choices"][0]["message"].get("content") or ""), key), data.get("usage") or {}
             most = dict(prompt_tokens=len(json.dumps(body)), completion_tokens=len(text.encode("utf-8", "replace")))
-            used = [use[k] if type(use.get(k)) is int and use[k] >= 0 else most[k] for k in most]   # a token is a byte or more
+            used = [use[k] if type(use.get(k)) is int and use[k] >= 0 else most[k] for k in most]       # a token is a byte or more
             got = {"reply": text, "finish": str(data["choices"][0].get("finish_reason")), "in": used[0], "out": used[1]}
         elif status in (400, 404, 422):
-            got["why"] += ": " + hide(" ".join(re.findall(r'"message": *"([^"]{1,200})', raw.decode("utf-8", "replace"))), key)
+            got["why"] += hide(" " + " ".join(re.findall(r'"message": *"([^"]{1,200})', raw.decode("utf-8", "replace"))), key)
         elif after:
             got["after"] = (float(after) if re.fullmatch(r"[\d.]{1,9}", after)
                             else email.utils.parsedate_to_datetime(after).timestamp() - time.time())
-    except (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError, LookupError, TypeError,
-            AttributeError) as e:
+    except (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError, LookupError, TypeError, AttributeError) as e:
         if not got.get("free"):             # only the error's type: its message may quote headers
             never = isinstance(getattr(e.args[0] if e.args else None, "reason", None), urllib3.exceptions.NewConnectionError)
             got = dict(why=f"{type(e).__name__} in the reply" if got else type(e).__name__, free=never)     # never connected
-    box.put((n, job, got))
+    return got
+
+
+class GivenUp(Exception):
+    """What a request's thread has found: asking on is no use. The main thread says so, once."""
 
 
 class Teacher:
-    """Asks jobs of --teacher, --parallel at once; an answer is in the journal before anyone uses it."""
+    """Asks jobs of --teacher, --parallel at once. What it says is in the journal before anyone uses it."""
     def __init__(self, args, journal, key):
-        self.args, self.journal, self.key, self.box, self.rng = args, journal, key, queue.SimpleQueue(), np.random.default_rng()
-        self.waiting, self.running, self.pause, self.in_a_row, self.unmade, self.why, self.stop = [], {}, 0.0, 0, 0, "", None
+        self.args, self.journal, self.key, self.stop = args, journal, key, threading.Event()
+        self.running, self.in_a_row, self.unmade, self.why = 0, 0, 0, ""
 
     def ask(self, jobs, label):
         """jobs -> {key: (reply, why it ended)}. What the teacher fails to answer, or --max_cost does not cover, is missing."""
         if self.args.teacher == "cloze":
             return {job["key"]: (cloze(job), "stop") for job in jobs}
-        replies, todo = self.journal.replies, {job["key"]: job for job in jobs if job["key"] not in self.journal.replies}
-        self.waiting = [(0.0, i, 0, job) for i, job in enumerate(todo.values())]    # a heap: not before, order, attempts, job
-        self.total, most = len(replies) + len(todo), sum(self.bound(job)[0] for job in todo.values())
-        print(f"{label}: {len(jobs)} requests, {len(todo)} of them to make for ${most:.2f} at most; ${self.journal.spent:.2f} "
-              f"of --max_cost ${self.args.max_cost:.2f} is spent")
-        with tqdm(total=len(jobs), initial=len(jobs) - len(todo), desc=label, disable=None) as bar:
-            while self.waiting or self.running:
-                try:
-                    self.turn(bar)
-                except KeyboardInterrupt:
-                    if self.stop:
-                        raise
-                    print("\nwaiting for what is under way, for it is paid; Ctrl-C again leaves it", file=sys.stderr)
-                    self.waiting, self.stop = [], "Ctrl-C"
-        if self.stop == "Ctrl-C":
-            raise KeyboardInterrupt
-        if self.stop or self.in_a_row >= len(todo) > 0:
-            sorry(f"the teacher at {self.args.api_base} fails: {self.why}; its answers so far are kept, the same command goes on")
+        book, replies, pool = self.journal, self.journal.replies, concurrent.futures.ThreadPoolExecutor(self.args.parallel)
+        todo = {job["key"]: job for job in jobs if job["key"] not in replies}
+        total, most = len(replies) + len(todo), sum(self.bound(job)[0] for job in todo.values())
+        print(f"{label}: {len(jobs)} requests, {len(todo)} of them to make for ${most:.2f} at most; ${book.spent:.2f} of --max_cost "
+              f"${self.args.max_cost:.2f} is spent")
+        try:
+            with tqdm(total=len(todo), desc=label, disable=None) as bar:
+                for task in concurrent.futures.as_completed([pool.submit(self.one, job) for job in todo.values()]):
+                    task.result()                       # raises what the thread raised
+                    bar.update()
+                    bar.set_postfix_str(f"${book.spent:.2f} of about ${book.spent * total / max(1, len(replies)):.2f}")
+            if todo and not self.unmade and not replies.keys() & todo.keys():
+                raise GivenUp
+        except BaseException as e:          # what waits is not asked; what is under way is waited for, it is paid
+            self.stop.set()
+            pool.shutdown(cancel_futures=True)
+            if isinstance(e, GivenUp):
+                sorry(f"the teacher at {self.args.api_base} fails: {self.why}; its answers so far are kept, the same command goes on")
+            raise
         return {job["key"]: (replies[job["key"]]["reply"], replies[job["key"]]["finish"]) for job in jobs if job["key"] in replies}
 
     def bound(self, job):
@@ -452,52 +454,42 @@ class Teacher:
         size = 100 + sum(len(m["content"].encode()) for m in body["messages"])
         return (size * self.args.price_in + self.args.max_tokens * self.args.price_out) / 1e6, body
 
-    def turn(self, bar):
-        """Start what may start, then take one outcome."""
-        now = time.monotonic()
-        while self.waiting and len(self.running) < self.args.parallel and max(self.waiting[0][0], self.pause) <= now:
-            _, order, tries, job = self.waiting[0]
-            bound, body = self.bound(job)
-            if self.journal.spent + sum(self.journal.open.values()) + bound > self.args.max_cost:
-                if not self.running:                # nothing is left whose real cost could turn out lower
-                    self.unmade, self.waiting = self.unmade + len(self.waiting), []
-                break
-            heapq.heappop(self.waiting)
-            if job["key"] not in self.journal.replies:          # else an attempt we gave up on has answered after all
-                n = self.journal.asks
-                self.journal.write(ask=n, bound=bound, key=job["key"])
-                self.running[n] = (now + self.args.timeout + 15, order, tries + 1, job)
-                threading.Thread(target=post, args=(self.box, n, self.key, job, body, self.args), daemon=True).start()
-        try:
-            self.settle(*self.box.get(timeout=0.05), bar)
-        except queue.Empty:
-            for n in [n for n, (end, *_) in self.running.items() if end < now]:     # dripping headers outlive any timeout
-                self.settle(n, self.running[n][3], dict(why="no answer in time"), bar)
-
-    def settle(self, n, job, got, bar):
-        """Book one outcome; ask again, or stop, if it was none."""
-        _, order, tries, _ = self.running.pop(n, (None, None, self.args.retries, None))     # or we had stopped waiting for it
-        if "reply" in got:
-            cost, book = (got["in"] * self.args.price_in + got["out"] * self.args.price_out) / 1e6, self.journal
-            book.write(n=n, key=job["key"], cost=cost, **got)
-            self.in_a_row = 0
-            bar.update()
-            bar.set_postfix_str(f"${book.spent:.2f} of about ${book.spent * self.total / len(book.replies):.2f}")
-            return
-        if got.get("free"):
-            self.journal.write(n=n, free=got["why"])
-        wait = min(max(0.0, got.get("after", 0.0)), 120.0) or min(60, 2.0**(tries - 2)) * (1 + self.rng.random())
-        if got.get("retry", True) and tries < self.args.retries and not self.stop:
-            heapq.heappush(self.waiting, (time.monotonic() + wait, order, tries, job))
-            if got["why"] == "HTTP 429":
-                self.pause = time.monotonic() + wait            # the limit is the account's, not the request's
+    def one(self, job):
+        """In a thread: a request until it is in the journal, or --retries attempts have failed, or --max_cost does not cover it."""
+        args, book, (bound, body) = self.args, self.journal, self.bound(job)
+        covered = lambda: book.spent + sum(book.open.values()) + bound <= args.max_cost
+        for tries in range(args.retries):
+            with book.lock:
+                book.lock.wait_for(lambda: covered() or not self.running)       # what is under way may cost less than its bound
+                if not covered():
+                    self.unmade += 1
+                    return
+                if self.stop.is_set():
+                    return
+                n, self.running = book.asks, self.running + 1
+                book.write(ask=n, bound=bound)
+            box = queue.SimpleQueue()       # a thread that may be given up: dripping headers outlive any timeout of a socket
+            threading.Thread(target=lambda: box.put(post(args, self.key, job["key"], body)), daemon=True).start()
+            try:
+                got = box.get(timeout=1.5 * args.timeout)
+            except queue.Empty:
+                got = dict(why="no answer in time")
+            with book.lock:
+                self.running -= 1
+                book.lock.notify_all()
+                if "reply" in got:
+                    book.write(n=n, key=job["key"], cost=(got["in"] * args.price_in + got["out"] * args.price_out) / 1e6, **got)
+                    self.in_a_row = 0
+                    return
+                if got.get("free"):
+                    book.write(n=n, free=got["why"])
+                self.in_a_row, self.why = self.in_a_row + 1, got["why"]
+                if self.in_a_row >= args.parallel * args.retries or got["why"] in ("HTTP 401", "HTTP 403"):
+                    self.stop.set()
+                    raise GivenUp
+            wait = min(max(0.0, got.get("after", 0.0)), 120.0) or min(60, PAUSE * 2.0**tries) * (0.5 + 0.5 * np.random.random())
+            if not got.get("retry", True) or tries + 1 < args.retries and self.stop.wait(wait):
                 return
-        self.in_a_row, self.why = self.in_a_row + 1, got["why"]
-        down = self.in_a_row - self.args.parallel               # more failures in a row than requests at once: trouble
-        if down >= self.args.retries or got["why"] in ("HTTP 401", "HTTP 403"):
-            self.waiting, self.stop = [], self.stop or "failed"
-        elif down > 0:
-            self.pause = time.monotonic() + min(60, 2.0**(down - 2))
 
 # ---- the idea: chunks, variation, filters ----------------------------------------------------------------------------------
 

@@ -118,7 +118,7 @@ def find_dataset(name):
     path, script = pathlib.Path(name), pathlib.Path(__file__).with_name("dt_cheetah.py")
     made = re.fullmatch(r"out/data/cheetah_ladder(_1_0\.05_0\.6)?\.hdf5", name)
     if not path.exists() and made and script.exists():
-        flags = "--steps 1 --episodes 1 --max_steps 1 --no-video" + (" --ladder_episodes 1" if made[1] else "")
+        flags = "--collect" + (" --ladder_episodes 1" if made[1] else "")
         print(f"{path} is not there; dt_cheetah.py makes it: python {script.name} {flags}", flush=True)
         if subprocess.run([sys.executable, script, *flags.split()], stdout=subprocess.DEVNULL).returncode:
             sorry("dt_cheetah.py could not make the episodes; its sentence is above")

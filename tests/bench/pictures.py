@@ -1,6 +1,8 @@
-"""The README's pictures, made from the default model: python tests/bench/pictures.py (after python dt_cheetah.py, with its flags)
+"""The README's pictures, made from the default models: python tests/bench/pictures.py (after python dt_cheetah.py and python bounce.py)
 
 assets/cheetah.gif: one model asked for 600, 2400 and 4800, side by side, from standing still
+assets/bounce.gif:  of 200 held-out games that cover no cell twice the one with the most bounces, written by the default model
+assets/bounce_layouts.png: what python tests/bench/compare_bounce.py drew last
 assets/targets.png: what python dt_cheetah.py --targets 200:5000:400 --episodes 3 --baseline rtg bc drew last
 """
 import pathlib, shutil, sys
@@ -11,6 +13,7 @@ import mujoco
 import numpy as np
 from PIL import Image
 
+import bounce as b
 import common
 import dt_cheetah as dt
 
@@ -36,11 +39,27 @@ def cheetah(targets=(600.0, 2400.0, 4800.0), begin=0, steps=150, every=2):
     return movie
 
 
+def bounce():
+    args = b.get_args([])
+    args.dtype = common.fast_dtype("cpu")
+    quotes, unseen = b.split_quotes(common.read_texts(args.quotes))
+    model, _ = b.train(args, quotes, b.checkpoint(args, quotes), "cpu")
+    games = [b.make_games(np.random.default_rng((0, 5, i)), 1, 1, unseen, [18, 20], [56, 64], args.bars) for i in range(200)]
+    legible = lambda R, C: len(set(zip(R, C))) == len(R) and np.ptp(R) > 11 and np.ptp(C) > 20
+    g = max(games, key=lambda g: np.count_nonzero(np.diff(g["D"][0, 0])) * legible(g["R"][0, 0], g["C"][0, 0]))
+    _, _, R, C, text = next(b.read_path(g, b.generate(model, g, "cpu")[0]))
+    movie = list(common.draw_pen(g["fields"][0], R, C, text, stay=15))
+    palette = Image.fromarray(movie[-1]).quantize(32, dither=Image.Dither.NONE)
+    pictures = [Image.fromarray(m).quantize(palette=palette, dither=Image.Dither.NONE) for m in movie]
+    pictures[0].save(ROOT / "assets/bounce.gif", save_all=True, append_images=pictures[1:], duration=100, loop=0, optimize=True)
+
+
 if __name__ == "__main__":
     (ROOT / "assets").mkdir(exist_ok=True)
     cheetah()
-    figure = dt.OUT / "dt_cheetah_targets.png"
-    if figure.exists():
-        shutil.copy(figure, ROOT / "assets/targets.png")
+    bounce()
+    for made, name in ((dt.OUT / "dt_cheetah_targets.png", "targets.png"), (b.OUT / "bounce_layouts.png", "bounce_layouts.png")):
+        if made.exists():
+            shutil.copy(made, ROOT / "assets" / name)
     for p in sorted((ROOT / "assets").iterdir()):
         print(f"{p.name}: {p.stat().st_size / 1e6:.2f} MB")

@@ -2,7 +2,9 @@
 
     python ppo_char.py
 
-Measured: TODO
+Measured: one core of an AMD EPYC, torch 2.13; seed 0 only, last checkpoint, 256 samples. Pretraining 17 s, PPO 20 s (others' work beside
+it made it 98): the count of "b c" goes from 0.001 to 0.980 of what any completion can attain, by beam search from 0 to 1.000; the worst
+ratio before a first inner step is off 1 by less than 1e-5. Text that earns this is no longer language: KL 101 nats, 5% distinct samples.
 Papers: PPO (Schulman et al. 2017, arXiv 1707.06347), GAE (1506.02438), GRPO (2402.03300), Dr. GRPO (2503.20783), RLOO (2402.14740),
 Llama 2 (2307.09288, section 3). Differs from them in:
 1. KL to the frozen start is a loss (k3, as GRPO's) for every algorithm, or with --kl_in reward part of every algorithm's reward

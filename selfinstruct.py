@@ -12,8 +12,8 @@ before anything is asked, so no test question is about a text trained on. 4. ans
 5. ROUGE-L sees all kept questions, through an index.
 Not handled: PDF, pages made by JavaScript, a teacher that bills more than max_tokens or cuts one token into several.
 """
-import array, collections, concurrent.futures, email.utils, hashlib, html, html.parser, ipaddress, json, math, os, pathlib, queue, re
-import socket, sys, threading, time, urllib.parse, urllib.robotparser, zlib
+import array, collections, concurrent.futures, contextlib, email.utils, hashlib, html, html.parser, ipaddress, json, math, os, pathlib
+import queue, re, socket, threading, time, urllib.parse, urllib.robotparser, zlib
 import numpy as np
 import requests, urllib3
 from tqdm import tqdm
@@ -107,18 +107,17 @@ def hide(text, key):
 
 # ---- sources: whatever people have, to clean text --------------------------------------------------------------------------
 
-def decode(raw, charset=None):
-    """bytes -> (text, [what was odd]): utf-16 by its mark, else utf-8, else charset, or cp1252, which old guides come in.
-    Control characters, NULs too, go; every line ends in \\n with no space before it."""
-    odd = []
-    try:
-        text = raw.decode("utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
-    except UnicodeDecodeError:
-        odd.append("not utf-8")
+def decode(raw, kind=""):
+    """bytes -> (text, [what was odd]): utf-16 by its mark, else utf-8, else what the page or its content type (kind) names, or cp1252, which
+    old guides come in. Control characters, NULs too, go; every line ends in \\n with no space before it."""
+    odd, named = [], re.search(rb"(?i)charset=[\"']?([\w-]+)", kind.encode() + raw[:2048])
+    marked = "utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+    for encoding in (marked, named[1].decode() if named else "cp1252", "cp1252"):
         try:
-            text = raw.decode(charset or "cp1252", "replace")
-        except LookupError:
-            text = raw.decode("cp1252", "replace")
+            text = raw.decode(encoding, "replace" if odd else "strict")
+            break
+        except (UnicodeError, LookupError):
+            odd = ["not utf-8"]
     clean = re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufeff]", "", text)
     if len(clean) < len(text):
         odd.append("control characters")
@@ -126,137 +125,136 @@ def decode(raw, charset=None):
 
 
 class Page(html.parser.HTMLParser):
-    """HTML -> paragraphs. Everything inside a tag of `drop` goes, and so do paragraphs that are mostly links: menus."""
-    CODE = {"head", "script", "style", "noscript", "template", "svg", "iframe"}
-    FRAME = CODE | {"nav", "header", "footer", "aside", "form", "button", "select"}
-    BLOCK = set("p div br li ul ol tr td th table section article main h1 h2 h3 h4 h5 h6 pre dt dd hr body".split())
+    """HTML, however broken -> parts [(paragraph, whether it stands in a frame: a menu, a footer)]. Code goes, and what is mostly links."""
+    KINDS = dict(code="head script style noscript template svg iframe", frame="nav header footer aside form button select", link="a",
+                 block="p div br li ul ol tr td th table section article main h1 h2 h3 h4 h5 h6 pre dt dd hr body")
+    KIND = {tag: kind for kind, tags in KINDS.items() for tag in tags.split()}
 
-    def __init__(self, drop):
+    def __init__(self, page):
         super().__init__()
-        self.drop, self.inside, self.link, self.links, self.words, self.parts = drop, 0, 0, 0, [], []
+        self.depth, self.links, self.words, self.parts = collections.Counter(), 0, [], []
+        try:
+            self.feed(page)
+            self.close()
+        except AssertionError:                          # the standard library's answer to a broken <![...
+            self.words.append(re.sub(r"<[^<>]{0,500}>", " ", self.rawdata))
+        self.flush()
 
     def handle_starttag(self, tag, attrs, step=1):
-        self.inside = max(0, self.inside + step * (tag in self.drop))   # max: a stray end tag opens nothing
-        self.link = max(0, self.link + step * (tag == "a"))
-        if tag in self.BLOCK:
+        kind = self.KIND.get(tag)
+        if kind in ("block", "frame"):
             self.flush()
+        self.depth[kind] = max(0, self.depth[kind] + step)              # max: a stray end tag opens nothing
 
     def handle_endtag(self, tag):
         self.handle_starttag(tag, (), -1)
 
     def handle_data(self, data):
-        if not self.inside:
+        if not self.depth["code"]:
             self.words.append(data)
-            self.links += len(data.strip()) * (self.link > 0)
+            self.links += len(data.strip()) * (self.depth["link"] > 0)
 
     def flush(self):
         text = " ".join("".join(self.words).split())
         if text and 2 * self.links <= len(text):
-            self.parts.append(text)
-        self.words, self.links, self.link = [], 0, 0                    # an <a> left open must not eat the rest
+            self.parts.append((text, self.depth["frame"] > 0))
+        self.words, self.links, self.depth["link"] = [], 0, 0           # an <a> left open must not eat the rest
 
 
-def html_to_text(page):
-    """HTML, however broken -> paragraphs. Frames stay in if one left open would eat most of the page."""
-    texts = []
-    for drop in (Page.FRAME, Page.CODE):
-        parser = Page(drop)
-        try:
-            parser.feed(page)
-            parser.close()
-        except AssertionError:                          # the standard library's answer to a broken <![...
-            parser.words.append(re.sub(r"<[^<>]{0,500}>", " ", parser.rawdata))
-        parser.flush()
-        texts.append("\n\n".join(parser.parts))
-    return texts[1] if 5 * len(texts[0]) < len(texts[1]) else texts[0]
+def to_text(raw, kind):
+    """The bytes of a file or page of a content type -> (text, [what was odd]). Frames stay in if one left open would eat most of a page."""
+    text, odd = decode(raw, kind)
+    if "html" in kind:
+        parts = Page(text).parts
+        text, whole = "\n\n".join(p for p, framed in parts if not framed), "\n\n".join(p for p, _ in parts)
+        text = whole if 5 * len(text) < len(whole) else text
+    return text, odd
 
 
-def public_address(host):
-    """The IP address to connect to for host. If one of its addresses is private, loopback or link-local, the program ends."""
-    found = [info[4][0].split("%")[0] for info in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)]
-    for ip in map(ipaddress.ip_address, found):
-        for ip in (ip, getattr(ip, "ipv4_mapped", None), getattr(ip, "sixtofour", None)):
-            if ip and (not ip.is_global or ip.is_multicast):
-                sorry(f"{host} is a private address ({ip}), where no page has any business; --allow_private lets --urls go there")
-    return found[0]
+def refuse_private(host, address):
+    """Ends the program if address, one that host has, is private, loopback or link-local."""
+    ip = ipaddress.ip_address(address.split("%")[0])
+    ip = getattr(ip, "ipv4_mapped", None) or ip
+    if not ip.is_global or ip.is_multicast:
+        sorry(f"{host} is a private address ({ip}), where no page has any business; --allow_private lets --urls go there")
 
 
-class Guard:
-    """Put before a urllib3 connection: refuses private addresses at the socket, so redirects and names that change, too."""
-    def _new_conn(self):
-        name, self._dns_host = self._dns_host, public_address(self._dns_host)
-        try:
-            return super()._new_conn()                  # connects to the very address that was looked at
-        finally:
-            self._dns_host = name                       # TLS checks the certificate against the name
+@contextlib.contextmanager
+def public_only():
+    """While open, refuses private addresses where sockets look names up: so after redirects and for names that change, too."""
+    def look_up(host, *rest, **kw):
+        found = real(host, *rest, **kw)
+        for *_, address in found:
+            refuse_private(host, address[0])
+        return found                                    # what was looked at is what is connected to
+
+    real, socket.getaddrinfo = socket.getaddrinfo, look_up
+    try:
+        yield
+    finally:
+        socket.getaddrinfo = real
 
 
-def web_session(args):
-    session = requests.Session()
-    session.trust_env = False                           # a proxy would look names up behind our back
-    for scheme, pool in (("http", urllib3.HTTPConnectionPool), ("https", urllib3.HTTPSConnectionPool)):
-        if not args.allow_private:
-            pool = type("Pool", (pool,), dict(ConnectionCls=type("Connection", (Guard, pool.ConnectionCls), {})))
-        session.get_adapter(scheme + "://").poolmanager.pool_classes_by_scheme = {scheme: pool}
-    return session
-
-
-def get_page(session, url, robots, args):
-    """url -> (bytes, content type, charset). Redirects are followed by hand, each address checked as the first was. robots:
-    site -> its rules, None while those are fetched. Raises ValueError with the reason if the page can't be had."""
+def get_page(session, url, args, robots=None):
+    """url -> (bytes, content type). Redirects are followed by hand, each looked at as the first was. robots: site -> its rules, filled here;
+    None while those are fetched. Raises ValueError with the reason if the page can't be had."""
     for _ in range(6):
-        parts, wait = urllib.parse.urlsplit(url), args.delay
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.password:
-            sorry(f"--urls and where they lead must be http or https, without password, unlike {parts.scheme}://{parts.hostname}")
-        site = f"{parts.scheme}://{parts.netloc}"
+        if not re.match(r"(?i)https?://[^/?#@]+([/?#]|$)", url):
+            sorry("--urls and where they lead must be http or https, without password")
         if robots is not None:
-            if site not in robots:
-                robots[site] = urllib.robotparser.RobotFileParser()
-                try:
-                    rules = get_page(session, site + "/robots.txt", None, args)[0].decode("utf-8", "replace")
-                except ValueError as e:                 # RFC 9309: no such file allows all, a server in trouble nothing
-                    rules = "" if str(e).startswith("HTTP 4") else "User-agent: *\nDisallow: /"
-                robots[site].parse(rules.splitlines())
-            if not robots[site].can_fetch("selfinstruct", url):
-                raise ValueError("robots.txt forbids it")
-            wait = max(wait, min(60, float(robots[site].crawl_delay("selfinstruct") or 0)))
-        time.sleep(wait)
+            obey_robots(session, url, args, robots)
+        time.sleep(args.delay)
         try:
             with session.get(url, allow_redirects=False, stream=True, timeout=20, headers={"User-Agent": "selfinstruct"}) as r:
                 if r.is_redirect:
                     url = urllib.parse.urljoin(url, r.headers["Location"])
                     continue
+                raw, end = b"", time.monotonic() + 60
                 if r.status_code != 200:
                     raise ValueError(f"HTTP {r.status_code}")
-                raw, end = b"", time.monotonic() + 60
                 for block in r.iter_content(65536):
                     raw += block
                     if len(raw) > args.max_mb * 1e6 or time.monotonic() > end:
                         raise ValueError("larger than --max_mb, or slower than a minute")
-                kind = r.headers.get("Content-Type", "text/html").lower()
-                return raw, kind, (re.findall(r"charset=[\"']?([\w-]+)", kind) or [None])[0]
+                return raw, r.headers.get("Content-Type", "text/html").lower()
         except (requests.RequestException, urllib3.exceptions.HTTPError, OSError) as e:
             raise ValueError(type(e).__name__) from None
     raise ValueError("too many redirects")
 
 
+def obey_robots(session, url, args, robots):
+    """Waits as the site's robots.txt asks; raises ValueError if it forbids the page."""
+    site = "/".join(url.split("/")[:3])
+    if site not in robots:
+        robots[site] = urllib.robotparser.RobotFileParser()
+        try:
+            text = decode(get_page(session, site + "/robots.txt", args)[0])[0]
+        except ValueError as e:                         # RFC 9309: no such file allows all, a server in trouble nothing
+            text = "" if str(e).startswith("HTTP 4") else "User-agent: *\nDisallow: /"
+        robots[site].parse(text.splitlines())
+    if not robots[site].can_fetch("selfinstruct", url):
+        raise ValueError("robots.txt forbids it")
+    time.sleep(min(60, float(robots[site].crawl_delay("selfinstruct") or 0)))
+
+
 def read_urls(args):
     """--urls -> guides and remarks, as read_guides gives them. A page is fetched once and kept in --out/pages."""
-    session, guides, notes, robots = web_session(args), [], [], {}
+    session, guides, notes, robots = requests.Session(), [], [], {}
+    session.trust_env = False                           # a proxy would look names up behind our back
     for entry in tqdm(args.urls, desc="pages", disable=None):
-        name, url = entry.split("=", 1) if re.match(r"[^:/?]+=", entry) else ("", entry)
-        name = name or url.rstrip("/").rsplit("/", 1)[-1].split(".")[0]
+        name, url = re.fullmatch(r"(?s)(?:([^:/?]+)=)?(.*)", entry).groups()
         cached = pathlib.Path(args.out) / "pages" / (hashlib.sha256(os.fsencode(url)).hexdigest()[:16] + ".txt")
         try:
             if not cached.exists():
-                raw, kind, charset = get_page(session, url, robots, args)
+                with contextlib.nullcontext() if args.allow_private else public_only():
+                    raw, kind = get_page(session, url, args, robots)
                 if not kind.startswith("text/") and "html" not in kind:
                     raise ValueError(f"{kind[:40]} is not text")
-                text, odd = decode(raw, charset)
+                text, odd = to_text(raw, kind)
                 notes += [(url, "repaired: " + o) for o in odd]
                 with common.whole_file(cached) as part:
-                    part.write_text(html_to_text(text) if "html" in kind else text, encoding="utf-8")
-            guides.append((name, url, cached.read_text(encoding="utf-8")))
+                    part.write_text(text, encoding="utf-8")
+            guides.append((name or url.rstrip("/").rsplit("/", 1)[-1].split(".")[0], url, cached.read_text(encoding="utf-8")))
         except ValueError as e:
             notes.append((url, f"left out: {e}"))
     return guides, notes
@@ -265,22 +263,20 @@ def read_urls(args):
 def read_guides(args):
     """--guides -> guides [(name, where from, text)] and remarks [(where, why)] on what was left out or repaired."""
     guides, notes, folder = [], [], pathlib.Path(args.guides)
+    kinds = {".txt": "text/plain", ".md": "text/plain", ".markdown": "text/plain", ".html": "text/html", ".htm": "text/html"}
     if not folder.is_dir():
         sorry(f"there are no guides at {folder}: --guides takes a folder with a .txt, .md or .html file per character")
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         where, size = str(path.relative_to(folder)).encode("utf-8", "replace").decode(), path.stat().st_size
-        is_html = path.suffix.lower() in (".html", ".htm")
-        if path.name.startswith(".") or not is_html and path.suffix.lower() not in (".txt", ".md", ".markdown"):
+        kind = kinds.get(path.suffix.lower())
+        if path.name.startswith(".") or not kind:
             notes.append((where, "left out: not .txt, .md or .html"))
         elif size > args.max_mb * 1e6:
             notes.append((where, f"left out: {size / 1e6:.1f} MB, more than --max_mb"))
         else:
-            raw = path.read_bytes()
-            charset = re.search(rb"<meta[^>]{0,200}charset=[\"']?([\w-]+)", raw[:2048], re.I) if is_html else None
-            text, odd = decode(raw, charset and charset[1].decode())
+            text, odd = to_text(path.read_bytes(), kind)
             notes += [(where, "repaired: " + o) for o in odd]
-            name = pathlib.PurePath(where).stem.replace("_", " ").strip()
-            guides.append((name, where, html_to_text(text) if is_html else text))
+            guides.append((pathlib.PurePath(where).stem.replace("_", " ").strip(), where, text))
     return guides, notes
 
 # ---- prompts and teacher ---------------------------------------------------------------------------------------------------

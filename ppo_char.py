@@ -390,17 +390,6 @@ def ranking_loss(chosen, rejected, margin):
 
 # ---- training ----------------------------------------------------------------------------------------------------------------
 
-def restore(file, **parts):
-    """Load modules and optimizers from a checkpoint if it is there. -> the rest of its state, {} without one."""
-    state = common.load_checkpoint(file) if file.exists() else {}
-    try:
-        for name, part in parts.items() if state else ():
-            part.load_state_dict(state.pop(name))
-    except (RuntimeError, KeyError, TypeError, ValueError, AttributeError):
-        sorry(f"{file} holds something of another shape than the flags ask for; remove it to start anew")
-    return state
-
-
 def descend(loss, optimizer, where):
     """One gradient step; a loss that is not finite ends the program."""
     if not math.isfinite(loss.item()):
@@ -426,7 +415,7 @@ def pretrain(corpus, args, file):
     torch.manual_seed(args.seed)
     model = Transformer(len(corpus.tok.tokens), T, args).to(args.device)
     optimizer = adamw(model.parameters(), lr=args.lr)
-    state = dict(dict(step=0, seconds=0.0), **restore(file, model=model, optimizer=optimizer))
+    state = dict(dict(step=0, seconds=0.0), **common.resume(file, model=model, optimizer=optimizer))
     began, bar = time.time() - state["seconds"], tqdm(total=args.steps, initial=state["step"], desc="pretraining", disable=None)
     for step in range(state["step"], args.steps):
         optimizer.param_groups[0]["lr"] = args.lr * min((step + 1) / 50, 0.55 + 0.45 * math.cos(math.pi * step / args.steps))
@@ -452,7 +441,7 @@ def improve(name, algo, policy, start, reward, lines, args, file, tails=False, p
     critic = policy if args.value == "shared" else copy.deepcopy(start).requires_grad_(True)
     optimizer = adamw([*policy.parameters(), *(critic.parameters() if critic is not policy else ())], lr=args.rl_lr)
     parts = dict(policy=policy, critic=critic, optimizer=optimizer)
-    state = dict(dict(step=0, curve=[], pool=pool or {}, seconds=0.0), **restore(file, **parts))
+    state = dict(dict(step=0, curve=[], pool=pool or {}, seconds=0.0), **common.resume(file, **parts))
     curve, pool = state["curve"], state["pool"]
     began, bar = time.time() - state["seconds"], tqdm(total=args.iterations, initial=state["step"], desc=name, disable=None)
     for step in range(state["step"], args.iterations):

@@ -3,13 +3,12 @@
     python selfinstruct.py                                   # offline: six chess guides, and a teacher made of rules
     OPENAI_API_KEY=... python selfinstruct.py --guides FOLDER --game NAME --teacher MODEL --price_in $ --price_out $
 
-Measured (seed 0, 2 shared x86 cores): the offline run makes 339 pairs to train on and 67 held out, of 4,820 raw ones, in 2 s
-of CPU. Cleaning 30,000 synthetic rows takes 7 s, 21,285 of them kept (tests/bench/bench_selfinstruct.py).
-Self-Instruct (Wang et al. 2022, arXiv 2212.10560) for texts, after sangstar's Melee tutor (2023; 28,584 pairs, about $70):
-a teacher writes pairs from one chunk of a guide at a time, and how many chunks there are is drawn anew for every pass.
-Differs from them in: 1. the last chunk is used, too. 2. free filters run before paid ones. 3. paragraphs are held out
-before anything is asked, so no test question is about a text trained on. 4. answers must be grounded in their chunk.
-5. ROUGE-L sees all kept questions, through an index.
+Measured (seed 0, 2 shared x86 cores): the offline run makes 339 pairs to train on and 67 held out, of 4,820 raw ones, in 2 s of CPU.
+Cleaning 30,000 synthetic rows takes 7 s, 21,285 of them kept (tests/bench/bench_selfinstruct.py).
+Self-Instruct (Wang et al. 2022, arXiv 2212.10560) for texts, after sangstar's Melee tutor (2023; 28,584 pairs, about $70): a teacher
+writes pairs from one chunk of a guide at a time, and how many chunks there are is drawn anew for every pass. Differs from them in:
+1. the last chunk is used, too. 2. free filters run before paid ones. 3. paragraphs are held out before anything is asked, so no test
+question is about a text trained on. 4. answers must be grounded in their chunk. 5. ROUGE-L sees all kept questions, through an index.
 Not handled: PDF, pages made by JavaScript, a teacher that bills more than max_tokens or cuts one token into several.
 """
 import array, collections, concurrent.futures, contextlib, email.utils, hashlib, html, html.parser, ipaddress, json, math, os, pathlib
@@ -59,8 +58,8 @@ def get_args(argv=None):
     # what is kept
     p.flag("question_words", [3, 150], "fewest and most words of a question (Self-Instruct's)", nargs=2, type=int)
     p.flag("answer_words", [1, 300], "fewest and most words of an answer", nargs=2, type=int)
-    p.flag("blacklist", ["as an ai", "language model", "i'm sorry", "image", "picture", "video", "http", "ignore the above",
-           "previous instructions"], "drops a pair; not Self-Instruct's list, for 'draw' and 'file' are chess", nargs="*", type=str)
+    p.flag("blacklist", "as an ai,language model,i'm sorry,image,picture,video,http,ignore the above,previous instructions".split(","),
+           "drops a pair; not Self-Instruct's list, for 'draw' and 'file' are chess", nargs="*", type=str)
     p.flag("grounded", 0.6, "share of an answer's words that its chunk must have; less for a teacher that rephrases")
     p.flag("rouge", 0.7, "a question nearer than this to a kept one (ROUGE-L) is dropped (Self-Instruct's)")
     p.flag("vet", True, "ask the teacher of each pair whether it names somebody from outside the game")
@@ -71,13 +70,12 @@ def get_args(argv=None):
     args = p.parse_args(argv)
     if args.smoke:
         args.passes = min(args.passes, 2)
-    for name, low, high in (("max_mb", 1e-6, 1e6), ("delay", 0, 3600), ("passes", 1, 1e6), ("chunks_mean", -1e6, 1e6),
-                            ("chunks_sd", 0, 1e6), ("chunks_min", 1, 1e6), ("chunks_max", args.chunks_min, 1e6),
-                            ("heldout", 0, 0.9), ("temperature", 0, 2), ("max_tokens", 1, 1e6), ("parallel", 1, 256),
-                            ("context", args.max_tokens + 2000, 1e8), ("timeout", 0.01, 3600), ("retries", 1, 100),
-                            ("max_cost", 0, math.inf), ("grounded", 0, 1), ("rouge", 0, 1), ("seed", 0, 2**63)):
-        if not low <= getattr(args, name) <= high:      # in this form nan fails, too
-            sorry(f"--{name} must be between {low:g} and {high:g}, not {getattr(args, name)}")
+    for name, low, high in (("max_mb", 1e-6, 1e6), ("delay", 0, 3600), ("passes", 1, 1e6), ("chunks_mean", -1e6, 1e6), ("chunks_sd", 0, 1e6),
+                            ("chunks_min", 1, 1e6), ("chunks_max", args.chunks_min, 1e6), ("heldout", 0, 0.9), ("temperature", 0, 2),
+                            ("max_tokens", 1, 1e6), ("context", args.max_tokens + 2000, 1e8), ("parallel", 1, 256), ("timeout", 0.01, 3600),
+                            ("retries", 1, 100), ("max_cost", 0, math.inf), ("grounded", 0, 1), ("rouge", 0, 1), ("seed", 0, 2**63)):
+        if not low <= getattr(args, name) <= high:              # in this form nan fails, too
+            p.error(f"argument --{name}: must be between {low:g} and {high:g}")
     override = [re.fullmatch(r"(.+)=([\d.]+),([\d.]+),([1-9]\d*),([1-9]\d*)", text) for text in args.chunks_for]
     if not all(override):
         sorry("--chunks_for takes NAME=mean,sd,min,max, as in fox=45,3,35,50")
@@ -517,8 +515,8 @@ def clipped_gaussian(rng, mean, sd, low, high):
 
 
 def chunks(text, n, most):
-    """text -> n pieces of about equal length, cut where a paragraph, sentence or word ends nearby; more than n if a piece
-    would have over `most` bytes. Joined they are text again."""
+    """text -> n pieces of about equal length, cut where a paragraph, sentence or word ends nearby; more than n if a piece would have over
+    `most` bytes. Joined they are text again."""
     while True:
         size, cuts = len(text) / n, [0]
         near = int(min(200, size / 4))
@@ -596,12 +594,6 @@ def name_pattern(name):
     return re.compile(rf"(?i)(?<!\w){core}s?(?!\w)" if name.replace("’", "").isascii() else f"(?i){core}")
 
 
-def grounded(answer, chunk_words):
-    """The share of an answer's content words that its chunk has; an answer of stop words alone ("yes, it can") passes."""
-    words = content(answer)
-    return len(words & chunk_words) / len(words) if words else 1.0
-
-
 def lcs(where, m, b):
     """Length of the longest common subsequence of a and b, words. where: word -> bits of its places in a; m = len(a). One
     big-integer row per word of b (Hyyro 2004)."""
@@ -622,10 +614,7 @@ class RougeIndex:
         self.index = collections.defaultdict(lambda: array.array("q"))      # (word, its how many-th) -> questions that have it
 
     def bag(self, words):
-        seen = collections.Counter()
-        for w in words:
-            yield w, seen[w]
-            seen[w] += 1
+        return [(w, words[:i].count(w)) for i, w in enumerate(words)]
 
     def near(self, words):
         m, where = len(words), collections.defaultdict(int)
@@ -656,27 +645,31 @@ def unfit(row, names, args):
 
 def clean(rows, args, teacher):
     """rows [{q, a, job}] -> each gets why: None if it is kept, else the filter that dropped it. Free filters come first."""
+    def ask(kind, some):
+        """What the teacher says of each of some rows; "" where it says nothing."""
+        asked = [make_job(args, kind=kind, name=row["job"]["name"], q=row["q"], a=row["a"]) for row in some]
+        replies = teacher.ask(asked, kind)
+        return [replies.get(job["key"], ("", ""))[0] for job in asked]
+
     names, seen = [name_pattern(n) for n in sorted({row["job"]["name"] for row in rows})], set()
     for row in rows:
         key = (tuple(tokens(row["q"])), tuple(tokens(row["a"])))
         row["why"] = row.get("why") or unfit(row, names, args) or ("exact duplicate" if key in seen else None)
         seen.add(key)
     talky = [row for row in rows if not row["why"] and MENTION.search(f"{row['q']} {row['a']}")]
-    for row in talky:
-        row["ask"] = make_job(args, kind="rewrite", name=row["job"]["name"], q=row["q"], a=row["a"])
-    replies = teacher.ask([row["ask"] for row in talky], "rewrite")
-    for row in talky:
-        pairs, _ = parse_pairs(replies.get(row["ask"]["key"], ("", ""))[0])
+    for row, reply in zip(talky, ask("rewrite", talky)):
+        pairs, _ = parse_pairs(reply)
         row["why"] = "mentions the guide"
         if len(pairs) == 1 and not MENTION.search(" ".join(pairs[0])):
             row["q"], row["a"] = pairs[0]
             row["why"] = unfit(row, names, args)
-    rows_left, words, seen, index = [row for row in rows if not row["why"]], {}, set(), RougeIndex(args.rouge)
-    for row in tqdm(rows_left, desc="clean", disable=None):
-        chunk, q, bags = row["job"]["chunk"], tokens(row["q"]), (frozenset(content(row["q"])), frozenset(content(row["a"])))
+    words, seen, index = {}, set(), RougeIndex(args.rouge)
+    for row in tqdm([row for row in rows if not row["why"]], desc="clean", disable=None):
+        chunk, q, said = row["job"]["chunk"], tokens(row["q"]), frozenset(content(row["a"]))
+        bags = frozenset(content(row["q"])), said
         if chunk not in words:              # once for all rows of a chunk
             words[chunk] = content(chunk) | content(row["job"]["name"])
-        if grounded(row["a"], words[chunk]) < args.grounded:
+        if said and len(said & words[chunk]) / len(said) < args.grounded:       # stop words alone ("yes, it can") pass
             row["why"] = "not grounded in its chunk"
         elif bags[0] and bags in seen:      # the same words in another order, which ROUGE-L would miss
             row["why"] = "near duplicate"
@@ -685,13 +678,9 @@ def clean(rows, args, teacher):
         else:
             index.add(q)
             seen.add(bags)
-    good = [row for row in rows_left if not row["why"]]
-    for row in good if args.vet else []:
-        row["ask"] = make_job(args, kind="vet", name=row["job"]["name"], q=row["q"], a=row["a"])
-    replies = teacher.ask([row["ask"] for row in good], "vet") if args.vet else {}
-    for row in good if args.vet else []:
-        verdict = replies.get(row["ask"]["key"], ("", ""))[0].strip().lower()[:4]
-        row["why"] = {"pass": None, "fail": "vetting: outside entity"}.get(verdict, "vetting: no verdict")
+    good = [row for row in rows if not row["why"] and args.vet]
+    for row, reply in zip(good, ask("vet", good)):
+        row["why"] = {"pass": None, "fail": "vetting: outside entity"}.get(reply.strip().lower()[:4], "vetting: no verdict")
 
 # ---- what comes out --------------------------------------------------------------------------------------------------------
 

@@ -5,7 +5,9 @@
     python lora_llama.py --model meta-llama/Llama-2-7b-hf --load_4bit --data my.jsonl
         the same path on the real thing; Llama 3.x, TinyLlama and SmolLM2 go the same way
 
-Measured: not yet.
+Measured: default command, one core of an AMD EPYC shared with others, torch 2.13, seed 0: 171 s of CPU time (pretraining 131, tuning
+    38). Held-out loss per byte 2.755 before, 1.004 after; of 33 held-out answers all stop by themselves and 2 are exact: the form
+    is learned, the facts are not. NF4: 4.461 bits per linear weight (4.127 if matrices are large), error <= 0.031, mean 0.0030.
 Papers: Llama 2 (arXiv 2307.09288, section 3.1), LoRA (2106.09685), QLoRA (2305.14314), rsLoRA (2312.03732).
 Differs from Llama 2's SFT in: 1. examples packed in one sequence do not see each other; 2. LoRA, not all weights, hence the
     larger learning rate; 3. the loss is a mean over the answer tokens of the whole batch, however the batch is cut up.
@@ -269,8 +271,8 @@ def read_config(path):
         llama = name in ("LlamaForCausalLM", "llama") and c.get("model_type", "llama") == "llama"
         odd = dict(biases=c.get("attention_bias") or c.get("mlp_bias"), rope=kind not in ("default", "llama3") and kind,
                    activation=c.get("hidden_act", "silu") != "silu" and c["hidden_act"], model=not llama and name)
-        for k, v in odd.items():
-            not v or sorry(f"{path} asks for the {k} {v}; only Llama 2, Llama 3 and their look-alikes are handled")
+        for k in [k for k, v in odd.items() if v]:
+            sorry(f"{path} asks for the {k} {odd[k]}; only Llama 2, Llama 3 and their look-alikes are handled")
         heads, eos, bos = c["num_attention_heads"], c.get("eos_token_id", 2), c.get("bos_token_id", 1)  # eos may be a list
         sizes = dict(vocab_size=c["vocab_size"], n_embd=c["hidden_size"], n_ff=c["intermediate_size"], n_layer=c["num_hidden_layers"],
                      n_head=heads, n_kv_head=c.get("num_key_value_heads") or heads, head_dim=c.get("head_dim") or c["hidden_size"] // heads)
@@ -553,10 +555,10 @@ def fetch_model(name):
     if pathlib.Path(name).is_dir():
         return pathlib.Path(name)
     re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) or sorry(f"--model {name}: no such folder, and no Hub id (owner/name) either")
-    folder, hub, token = pathlib.Path("out/hub") / name, os.environ.get("HF_ENDPOINT", "https://huggingface.co"), os.environ.get("HF_TOKEN")
+    folder, hub = pathlib.Path("out/hub") / name, os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     if not (folder / "config.json").exists():       # it comes last: where it is, all is
         import requests
-        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        headers = {"Authorization": f"Bearer {os.environ['HF_TOKEN']}"} if os.environ.get("HF_TOKEN") else {}
         with reading(f"{hub}'s list of {name}"):
             answer = requests.get(f"{hub}/api/models/{name}/tree/main", headers=headers, timeout=30)
             answer.ok or sorry(f"{hub} refuses {name} (HTTP {answer.status_code}); if it is gated, ask for access there and set HF_TOKEN")
@@ -626,8 +628,8 @@ def load_adapter(model, folder, args):
     """Put a peft-format adapter on the model; args.lora_r and the like become the adapter's own."""
     path, prefix = pathlib.Path(folder) / "adapter_config.json", "base_model.model.model."
     c, found = read_json(path), read_safetensors(path.with_name("adapter_model.safetensors"))
-    for k, v in c.items():
-        not v or k in HARMLESS or v in FINE.get(k, []) or sorry(f"{path} sets {k} to {str(v)[:40]}, which is not handled")
+    for k in [k for k, v in c.items() if v and k not in HARMLESS and v not in FINE.get(k, [])]:
+        sorry(f"{path} sets {k} to {str(c[k])[:40]}, which is not handled")
     with reading(path):
         [args.lora_r] = ranks = {x.shape[0] for n, x in found.items() if "lora_A" in n}
         args.lora_alpha, args.lora_dropout, args.rslora = float(c["lora_alpha"]), float(c["lora_dropout"]), bool(c.get("use_rslora"))
@@ -645,7 +647,8 @@ def save_merged(model, source, folder, into):
     into "4bit", the dequantized NF4 weights: this is the model that was trained and evaluated here;
     into "16", the stored weights: what others compute who load the 16-bit model and the adapter; NF4's error goes out."""
     inner, found, dtype = {stored_name(f"{n}.weight"): m for n, m in linears(model).items()}, find_tensors(source), model.norm.weight.dtype
-    into == "4bit" or not any(n.endswith(STATE) for n in found) or sorry(f"--merge 16: {source} holds no 16-bit weights; use 4bit")
+    if into == "16" and any(n.endswith(STATE) for n in found):
+        sorry(f"--merge 16: {source} holds no 16-bit weights; --merge 4bit merges into what it holds")
     def tensor_of(name):
         m = inner.get(name)
         w = dequantize_nf4(m.q, torch.float32) if m and m.q and into == "4bit" else found[name].tensor()
@@ -708,11 +711,8 @@ def complete(model, rows, tok, args):
 def loss_of(model, packed):
     """Sum of -log p over the labelled tokens of packed sequences (a scalar with gradient), and how many there are."""
     ids, labels, pos, doc = collate(packed, model.norm.weight.device)
-    x = model(ids, pos, only_own_example(doc))                          # (B, T, C)
-    x, y, total = x[labels >= 0], labels[labels >= 0], 0.0              # (N, C), (N,): answers alone reach the head
-    for part, target in zip(x.split(1024), y.split(1024)):              # 128k logits in fp32 are half a megabyte per token
-        total = total + F.cross_entropy(model.logits(part).float(), target, reduction="sum")
-    return total, len(y)
+    x = model(ids, pos, only_own_example(doc))[labels >= 0]             # (N, C): answers alone reach the head
+    return F.cross_entropy(model.logits(x).float(), labels[labels >= 0], reduction="sum"), len(x)
 
 @torch.no_grad()
 def evaluate(model, packed, args):

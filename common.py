@@ -3,7 +3,7 @@
 Next-token sampling, beam search, a small numpy renderer and mp4 writer, files that are never half-written, and errors
 that are one sentence. Nothing here has an idea in it; copy it beside any script of this repository and the script runs.
 """
-import argparse, collections, contextlib, csv, glob, hashlib, io, json, math, mmap, os, pathlib, platform, sys, time, unicodedata
+import argparse, collections, contextlib, csv, glob, hashlib, io, json, math, mmap, os, pathlib, platform, re, sys, time, unicodedata
 
 import numpy as np
 import torch
@@ -166,7 +166,46 @@ def log_result(script, args, seconds, metrics):
         f.write(json.dumps(row, default=str) + "\n")
     print(f"result {script}: " + "  ".join(f"{k} {v:.6g}" if isinstance(v, float) else f"{k} {v}" for k, v in metrics.items()))
 
-# ---- part 3: HalfCheetah's episodes ----------------------------------------------------------------------------------------
+# ---- part 3: HalfCheetah and its episodes ----------------------------------------------------------------------------------
+
+class Cheetahs:
+    """n HalfCheetah-v5 in one batch, stepped by mujoco.rollout on all cores. state (n, 19): time, 9 qpos, 9 qvel."""
+    model = None
+
+    def __init__(self, n):
+        import mujoco, mujoco.rollout
+        if Cheetahs.model is None:
+            import gymnasium.envs.mujoco
+            xml = pathlib.Path(gymnasium.envs.mujoco.__file__).parent / "assets" / "half_cheetah.xml"
+            # settotalmass is deprecated, and mujoco says so on stderr and in a log file: drop it and scale the masses here
+            model = mujoco.MjModel.from_xml_string(xml.read_text().replace(' settotalmass="14"', ""))
+            mujoco.mj_setTotalmass(model, 14)
+            mujoco.mj_setConst(model, mujoco.MjData(model))
+            model.stat.meaninertia = model.dof_M0.mean()        # scales the solver's tolerance; only the compiler sets it
+            Cheetahs.model = model
+        self.n, self.models, cores = n, [self.model] * n, os.cpu_count()
+        self.pool, self.datas = mujoco.rollout.Rollout(nthread=cores), [mujoco.MjData(self.model) for _ in range(cores)]
+        self.control, self.out, self.sensor = np.empty((n, 5, 6)), np.empty((n, 5, 19)), np.empty((n, 5, 0))
+        self.spec = mujoco.mjtState.mjSTATE_CTRL.value
+
+    def reset(self, rng, noise=0.1):
+        """Start states as gymnasium draws them: qpos + U(-noise, noise), qvel + noise N(0, 1). -> observations (n, 17)."""
+        self.state = np.zeros((self.n, 19))
+        self.state[:, 1:10] = self.model.qpos0 + rng.uniform(-noise, noise, (self.n, 9))
+        self.state[:, 10:] = noise * rng.standard_normal((self.n, 9))
+        return self.state[:, 2:]                                # all but time and the x position
+
+    def step(self, action):
+        """action (n, 6), clipped to [-1, 1] -> observations (n, 17), rewards (n,): speed in m/s minus 0.1 |action|^2."""
+        action = np.clip(action, -1, 1)
+        self.control[:] = action[:, None]                       # frame_skip: five steps of 0.01 s under one action
+        # each call starts the contact solver cold where gymnasium's goes on warm: they differ by less than 1e-6 a step (in one
+        # call of many steps by not a bit; see the tests). running is chaotic: over many steps any such difference grows
+        self.pool.rollout(self.models, self.datas, self.state, self.control, nstep=5, control_spec=self.spec,
+                          skip_checks=True, state=self.out, sensordata=self.sensor)
+        x, self.state = self.state[:, 1], self.out[:, -1].copy()
+        return self.state[:, 2:], (self.state[:, 1] - x) / 0.05 - 0.1 * np.square(action).sum(1)
+
 
 class Episodes:
     """Episodes end to end: obs (N, 17), act (N, 6), rew (N,), float32, N steps in all; first, length (E,) of each episode."""
@@ -234,6 +273,21 @@ def write_episodes(path, obs, act, rew):
             observation_space=box(17, float("inf")), action_space=box(6, 1.0), env_spec=gymnasium.spec("HalfCheetah-v5").to_json())))
     if not (main := path.with_name("main_data.hdf5")).exists():
         main.symlink_to(path.name)
+
+
+def find_ladder(name):
+    """--dataset -> its path. What dt_cheetah.py's defaults or its --ladder_episodes 1 make is made by it, in a process."""
+    path, script = pathlib.Path(name), pathlib.Path(__file__).with_name("dt_cheetah.py")
+    made = re.fullmatch(r"out/data/cheetah_ladder(_1_0\.05_0\.6)?\.hdf5", name)
+    if not path.exists() and made and script.exists():
+        import subprocess
+        flags = "--collect" + (" --ladder_episodes 1" if made[1] else "")
+        print(f"{path} is not there; dt_cheetah.py makes it: python {script.name} {flags}", flush=True)
+        if subprocess.run([sys.executable, script, *flags.split()], stdout=subprocess.DEVNULL).returncode:
+            sorry("dt_cheetah.py could not make the episodes; its sentence is above")
+    if not path.is_file():
+        sorry(f"{path} is not there: --dataset takes a HalfCheetah .hdf5, of Minari, D4RL or dt_cheetah.py (out/data)")
+    return path
 
 # ---- part 4: texts ---------------------------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ Paper: Chen et al. 2021, arXiv 2106.01345. Differs from it in:
 4. windows begin before the episode does in training too, as they must in evaluation
 Not handled: targets above the ladder's top (5900); getting up after a fall; environments with other shapes.
 """
-import functools, hashlib, json, math, os, pathlib, re, shutil, sys, time
+import functools, hashlib, json, math, pathlib, re, shutil, sys, time
 
 import numpy as np
 import torch
@@ -21,9 +21,9 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 import common
-from common import sorry
+from common import Cheetahs, sorry
 
-S_DIM, A_DIM, DT = 17, 6, 0.05          # HalfCheetah-v5: observation, action, seconds per step
+S_DIM, A_DIM, DT = 17, 6, 0.05          # HalfCheetah-v5: observation, action, seconds per step (common.Cheetahs is many of them)
 T_DATA = 1000                           # its time limit, and the length of the timestep embedding
 OUT, SAVE_EVERY = pathlib.Path("out"), 100
 NAMES = dict(rate="DT, reward rate", rtg="DT, return-to-go", bc="behaviour cloning")
@@ -102,46 +102,7 @@ def numbers(text):
         raise ValueError(f"{text} is neither a number nor first:last:step")
     return x if len(x) == 1 else list(np.arange(x[0], x[1] + x[2] / 2, x[2]))
 
-# ---- the cheetahs: gymnasium's HalfCheetah-v5, many at once ----------------------------------------------------------------
-
-class Cheetahs:
-    """n HalfCheetah-v5 in one batch, stepped by mujoco.rollout on all cores. state (n, 19): time, 9 qpos, 9 qvel."""
-    model = None
-
-    def __init__(self, n):
-        import mujoco, mujoco.rollout
-        if Cheetahs.model is None:
-            import gymnasium.envs.mujoco
-            xml = pathlib.Path(gymnasium.envs.mujoco.__file__).parent / "assets" / "half_cheetah.xml"
-            # settotalmass is deprecated, and mujoco says so on stderr and in a log file: drop it and scale the masses here
-            model = mujoco.MjModel.from_xml_string(xml.read_text().replace(' settotalmass="14"', ""))
-            mujoco.mj_setTotalmass(model, 14)
-            mujoco.mj_setConst(model, mujoco.MjData(model))
-            model.stat.meaninertia = model.dof_M0.mean()        # scales the solver's tolerance; only the compiler sets it
-            Cheetahs.model = model
-        self.n, self.models, cores = n, [self.model] * n, os.cpu_count()
-        self.pool, self.datas = mujoco.rollout.Rollout(nthread=cores), [mujoco.MjData(self.model) for _ in range(cores)]
-        self.control, self.out, self.sensor = np.empty((n, 5, A_DIM)), np.empty((n, 5, 19)), np.empty((n, 5, 0))
-        self.spec = mujoco.mjtState.mjSTATE_CTRL.value
-
-    def reset(self, rng, noise=0.1):
-        """Start states as gymnasium draws them: qpos + U(-noise, noise), qvel + noise N(0, 1). -> observations (n, 17)."""
-        self.state = np.zeros((self.n, 19))
-        self.state[:, 1:10] = self.model.qpos0 + rng.uniform(-noise, noise, (self.n, 9))
-        self.state[:, 10:] = noise * rng.standard_normal((self.n, 9))
-        return self.state[:, 2:]                                # all but time and the x position
-
-    def step(self, action):
-        """action (n, 6), clipped to [-1, 1] -> observations (n, 17), rewards (n,): speed in m/s minus 0.1 |action|^2."""
-        action = np.clip(action, -1, 1)
-        self.control[:] = action[:, None]                       # frame_skip: five steps of 0.01 s under one action
-        # each call starts the contact solver cold where gymnasium's goes on warm: they differ by less than 1e-6 a step (in one
-        # call of many steps by not a bit; see the tests). running is chaotic: over many steps any such difference grows
-        self.pool.rollout(self.models, self.datas, self.state, self.control, nstep=5, control_spec=self.spec,
-                          skip_checks=True, state=self.out, sensordata=self.sensor)
-        x, self.state = self.state[:, 1], self.out[:, -1].copy()
-        return self.state[:, 2:], (self.state[:, 1] - x) / DT - 0.1 * np.square(action).sum(1)
-
+# ---- gaits: affine policies, many at once ----------------------------------------------------------------------------------
 
 def play(W, b, start, T, noise=0.0, rng=None):
     """Let n affine policies a = clip(W obs + b + noise) run T steps: W (n, 6, 17), b (n, 6), start (n, 19) states.

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 import common
-from common import sorry
+from common import Cheetahs, sorry
 
 S_DIM, A_DIM, DT = 17, 6, 0.05          # HalfCheetah-v5: observation, action, seconds per step
 T_DATA, OUT, SAVE_EVERY = 1000, pathlib.Path("out"), 100    # T_DATA: its time limit, and the length of the timestep embedding
@@ -79,52 +79,6 @@ def get_args(argv=None):
     if not all(map(math.isfinite, args.targets)):
         p.error("argument --targets: must be finite")
     return args
-
-# ---- the cheetahs and their episodes: as in dt_cheetah.py, which says more ---------------------------------------------------
-
-class Cheetahs:
-    """n HalfCheetah-v5 in one batch, stepped by mujoco.rollout on all cores. state (n, 19): time, 9 qpos, 9 qvel."""
-    model = None
-
-    def __init__(self, n):
-        import mujoco, mujoco.rollout
-        if Cheetahs.model is None:
-            import gymnasium.envs.mujoco
-            xml = pathlib.Path(gymnasium.envs.mujoco.__file__).parent / "assets" / "half_cheetah.xml"
-            model = mujoco.MjModel.from_xml_string(xml.read_text().replace(' settotalmass="14"', ""))   # deprecated: done here
-            mujoco.mj_setTotalmass(model, 14)
-            mujoco.mj_setConst(model, mujoco.MjData(model))
-            model.stat.meaninertia = model.dof_M0.mean()        # scales the solver's tolerance; only the compiler sets it
-            Cheetahs.model = model
-        self.n, self.models, cores, self.spec = n, [self.model] * n, os.cpu_count(), mujoco.mjtState.mjSTATE_CTRL.value
-        self.pool, self.datas = mujoco.rollout.Rollout(nthread=cores), [mujoco.MjData(self.model) for _ in range(cores)]
-
-    def reset(self, rng):
-        """Start states as gymnasium draws them: qpos + U(-0.1, 0.1), qvel + 0.1 N(0, 1). -> observations (n, 17)."""
-        qpos = self.model.qpos0 + rng.uniform(-0.1, 0.1, (self.n, 9))
-        self.state = np.concatenate([np.zeros((self.n, 1)), qpos, 0.1 * rng.standard_normal((self.n, 9))], 1)
-        return self.state[:, 2:]                                # all but time and the x position
-
-    def step(self, action):
-        """action (n, 6), clipped to [-1, 1] -> observations (n, 17), rewards (n,): speed in m/s minus 0.1 |action|^2."""
-        action = np.clip(action, -1, 1)
-        out, _ = self.pool.rollout(self.models, self.datas, self.state, np.repeat(action[:, None], 5, 1), control_spec=self.spec)
-        x, self.state = self.state[:, 1], out[:, -1].copy()     # frame_skip: five steps of 0.01 s under one action
-        return self.state[:, 2:], (self.state[:, 1] - x) / DT - 0.1 * np.square(action).sum(1)
-
-
-def find_dataset(name):
-    """--dataset -> Episodes. What dt_cheetah.py's defaults or its --ladder_episodes 1 make is made by it, in a process."""
-    path, script = pathlib.Path(name), pathlib.Path(__file__).with_name("dt_cheetah.py")
-    made = re.fullmatch(r"out/data/cheetah_ladder(_1_0\.05_0\.6)?\.hdf5", name)
-    if not path.exists() and made and script.exists():
-        flags = "--collect" + (" --ladder_episodes 1" if made[1] else "")
-        print(f"{path} is not there; dt_cheetah.py makes it: python {script.name} {flags}", flush=True)
-        if subprocess.run([sys.executable, script, *flags.split()], stdout=subprocess.DEVNULL).returncode:
-            sorry("dt_cheetah.py could not make the episodes; its sentence is above")
-    if not path.is_file():
-        sorry(f"{path} is not there: --dataset takes a HalfCheetah .hdf5, of Minari, D4RL or dt_cheetah.py (out/data)")
-    return common.read_episodes(path)
 
 # ---- the trunk: GPT-NeoX (Black et al. 2022, arXiv 2204.06745), which Pythia is ---------------------------------------------
 # B sequences, T tokens, C = n_embd, nh heads of size hs, of which the first `rot` dimensions turn with the position
@@ -470,7 +424,7 @@ def main():
     if args.compare:
         return compare(args)
     print(f"device {device}, {torch.get_num_threads()} threads")
-    trunk, adapter, seconds, count = train(args, functools.cache(lambda: find_dataset(args.dataset)), checkpoint(args), device)
+    trunk, adapter, seconds, count = train(args, functools.cache(lambda: common.read_episodes(common.find_ladder(args.dataset))), checkpoint(args), device)
     asked = np.repeat(args.targets, args.episodes)
     got, fell, diary = evaluate(trunk, adapter, asked, args, device)
     error = abs(got - asked) / np.maximum(abs(asked), 1)

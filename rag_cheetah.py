@@ -13,14 +13,14 @@ After the RAG demonstration of Small-LLM, whose code was never published: the pr
 3. HalfCheetah-v5, whatever the prompt says
 Not handled: models that refuse temperature or max_tokens; replies in pieces (streaming); other environments.
 """
-import concurrent.futures, email.utils, hashlib, json, math, os, pathlib, queue, re, subprocess, sys, threading, time
+import concurrent.futures, email.utils, hashlib, json, math, os, pathlib, queue, re, sys, threading, time
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 import common
-from common import sorry
+from common import Cheetahs, sorry
 
 S_DIM, A_DIM, DT, T_DATA = 17, 6, 0.05, 1000       # HalfCheetah-v5: observation, action, seconds per step, time limit
 OUT, OPENAI, PAUSE = pathlib.Path("out"), "https://api.openai.com/v1", 1.0      # PAUSE: seconds before a second try; then it doubles
@@ -88,52 +88,7 @@ def read_key(args):
         sorry("set OPENAI_API_KEY, or --api_base for a server of your own, or use --llm knn, which needs neither")
     return key
 
-# ---- the cheetahs and their episodes: as in dt_cheetah.py, which says more ---------------------------------------------------
-
-class Cheetahs:
-    """n HalfCheetah-v5 in one batch, stepped by mujoco.rollout on all cores. state (n, 19): time, 9 qpos, 9 qvel."""
-    model = None
-
-    def __init__(self, n):
-        import mujoco, mujoco.rollout
-        if Cheetahs.model is None:
-            import gymnasium.envs.mujoco
-            xml = pathlib.Path(gymnasium.envs.mujoco.__file__).parent / "assets" / "half_cheetah.xml"
-            model = mujoco.MjModel.from_xml_string(xml.read_text().replace(' settotalmass="14"', ""))   # deprecated: done here
-            mujoco.mj_setTotalmass(model, 14)
-            mujoco.mj_setConst(model, mujoco.MjData(model))
-            model.stat.meaninertia = model.dof_M0.mean()        # scales the solver's tolerance; only the compiler sets it
-            Cheetahs.model = model
-        self.n, self.models, cores, self.spec = n, [self.model] * n, os.cpu_count(), mujoco.mjtState.mjSTATE_CTRL.value
-        self.pool, self.datas = mujoco.rollout.Rollout(nthread=cores), [mujoco.MjData(self.model) for _ in range(cores)]
-
-    def reset(self, rng):
-        """Start states as gymnasium draws them: qpos + U(-0.1, 0.1), qvel + 0.1 N(0, 1). -> observations (n, 17)."""
-        qpos = self.model.qpos0 + rng.uniform(-0.1, 0.1, (self.n, 9))
-        self.state = np.concatenate([np.zeros((self.n, 1)), qpos, 0.1 * rng.standard_normal((self.n, 9))], 1)
-        return self.state[:, 2:]                                # all but time and the x position
-
-    def step(self, action):
-        """action (n, 6), clipped to [-1, 1] -> observations (n, 17), rewards (n,): speed in m/s minus 0.1 |action|^2."""
-        action = np.clip(action, -1, 1)
-        out, _ = self.pool.rollout(self.models, self.datas, self.state, np.repeat(action[:, None], 5, 1), control_spec=self.spec)
-        x, self.state = self.state[:, 1], out[:, -1].copy()     # frame_skip: five steps of 0.01 s under one action
-        return self.state[:, 2:], (self.state[:, 1] - x) / DT - 0.1 * np.square(action).sum(1)
-
-
-def find_dataset(name):
-    """--dataset -> its path. What dt_cheetah.py's defaults or its --ladder_episodes 1 make is made by it, in a process."""
-    path, script = pathlib.Path(name), pathlib.Path(__file__).with_name("dt_cheetah.py")
-    made = re.fullmatch(r"out/data/cheetah_ladder(_1_0\.05_0\.6)?\.hdf5", name)
-    if not path.exists() and made and script.exists():
-        flags = "--collect" + (" --ladder_episodes 1" if made[1] else "")
-        print(f"{path} is not there; dt_cheetah.py makes it: python {script.name} {flags}", flush=True)
-        if subprocess.run([sys.executable, script, *flags.split()], stdout=subprocess.DEVNULL).returncode:
-            sorry("dt_cheetah.py could not make the episodes; its sentence is above")
-    if not path.is_file():
-        sorry(f"{path} is not there: --dataset takes a HalfCheetah .hdf5, of Minari, D4RL or dt_cheetah.py (out/data)")
-    return path
-
+# ---- episodes: what was still to be earned at each of their steps -------------------------------------------------------------
 
 def reward_rate(rtg, steps_left):
     """The return-to-go per step left: what made dt_cheetah.py obey. Under 20 steps (a second) single strides would rule."""
@@ -182,7 +137,7 @@ class Store:
 
 def find_store(args):
     """--dataset -> Store. Its arrays are computed once and kept in out/, under the name of what they were made from."""
-    path = find_dataset(args.dataset)
+    path = common.find_ladder(args.dataset)
     stamp = json.dumps([str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns])
     kept, began = OUT / f"rag_store_{hashlib.sha256(stamp.encode()).hexdigest()[:8]}.npz", time.time()
     if not kept.exists():

@@ -552,12 +552,29 @@ def test_retry_after_is_obeyed_and_a_dead_teacher_ends_in_a_sentence(tmp_path, s
         assert e.value.code == 2 and str(status) in err and KEY not in err and len(server.bodies) == kept
 
 
-def test_a_flood_is_left_and_may_have_been_billed(tmp_path, serve, one_guide):
-    server = serve(lambda handler, body: handler.send(completion("Q: Is this a flood?\nA: " + "x" * 10_000_000)))
+@pytest.mark.parametrize("flood", [completion("Q: Is this a flood?\nA: " + "x" * 10_000_000), "[" * 900_000])
+def test_a_flood_is_left_and_may_have_been_billed(tmp_path, serve, one_guide, flood):
+    server = serve(lambda handler, body: handler.send(flood))
     teacher, jobs = in_process(server, one_guide, tmp_path, timeout=60, retries=1)
     with pytest.raises(SystemExit):
         teacher.ask(jobs[:1], "pairs")
     assert not teacher.journal.replies and teacher.journal.open == {0: teacher.bound(jobs[0])[0]}
+
+
+def test_a_full_disk_ends_the_run_instead_of_hanging_it(tmp_path, serve, one_guide, monkeypatch):
+    server = serve(lambda handler, body: (time.sleep(0.05), handler.reply("Q: a?\nA: b.")))
+    teacher, jobs = in_process(server, one_guide, tmp_path, parallel=4)
+    write = teacher.journal.write
+
+    def full(**line):
+        if len(teacher.journal.replies) == 5:
+            raise OSError(28, "No space left on device")
+        write(**line)
+    monkeypatch.setattr(teacher.journal, "write", full)
+    begin = time.time()
+    with pytest.raises(OSError):
+        teacher.ask(jobs, "pairs")
+    assert time.time() - begin < 10 and len(teacher.journal.replies) == 5
 
 
 def test_the_key_is_nowhere(tmp_path, serve, one_guide):

@@ -77,7 +77,7 @@ def get_args(argv=None):
                             ("rouge", 0, 1), ("seed", 0, 2**63)):
         if not low <= getattr(args, name) <= high:              # in this form nan fails, too
             p.error(f"argument --{name}: must be between {low:g} and {high:g}")
-    override = [re.fullmatch(r"(.+)=([\d.]+),([\d.]+),([1-9]\d*),([1-9]\d*)", text) for text in args.chunks_for]
+    override = [re.fullmatch(r"(.+)=(\d+\.?\d*),(\d+\.?\d*),([1-9]\d*),([1-9]\d*)", text) for text in args.chunks_for]
     if not all(override):
         sorry("--chunks_for takes NAME=mean,sd,min,max, as in fox=45,3,35,50")
     args.chunks_for = {m[1].lower(): (float(m[2]), float(m[3]), int(m[4]), int(m[5])) for m in override}
@@ -169,22 +169,17 @@ def to_text(raw, kind):
     return text, odd
 
 
-def refuse_private(host, address):
-    """Ends the program if address, one that host has, is private, loopback or link-local."""
-    ip = ipaddress.ip_address(address.split("%")[0])
-    ip = getattr(ip, "ipv4_mapped", None) or ip
-    if not ip.is_global or ip.is_multicast:
-        sorry(f"{host} is a private address ({ip}), where no page has any business; --allow_private lets --urls go there")
-
-
 @contextlib.contextmanager
 def public_only():
-    """While open, refuses private addresses where sockets look names up: so after redirects and for names that change, too."""
+    """While open, sockets find no private, loopback or link-local address: redirects and names that change lead to none, either."""
     def look_up(host, *rest, **kw):
-        found = real(host, *rest, **kw)
+        found = real(host, *rest, **kw)                 # what is looked at here is what is connected to
         for *_, address in found:
-            refuse_private(host, address[0])
-        return found                                    # what was looked at is what is connected to
+            ip = ipaddress.ip_address(address[0].split("%")[0])
+            ip = getattr(ip, "ipv4_mapped", None) or ip
+            if not ip.is_global or ip.is_multicast:
+                sorry(f"{host} is a private address ({ip}), where no page has any business; --allow_private lets --urls go there")
+        return found
 
     real, socket.getaddrinfo = socket.getaddrinfo, look_up
     try:
@@ -335,7 +330,7 @@ class Journal:
     "reply": ..., "cost": $} or {"n": n, "free": why} after it. An ask without its second line may have been paid for: it counts with its
     bound. A reply that is here is never asked for again."""
     def __init__(self, path):
-        self.replies, self.open, self.asks, self.spent, self.lock = {}, {}, 0, 0.0, threading.Condition()
+        self.replies, self.open, self.asks, self.spent, self.lock = {}, {}, 0, 0.0, threading.Lock()
         path.parent.mkdir(parents=True, exist_ok=True)
         self.file, good = open(path, "ab+"), 0
         try:
@@ -411,7 +406,7 @@ class Teacher:
     """Asks jobs of --teacher, --parallel at once. What it says is in the journal before anyone uses it."""
     def __init__(self, args, journal, key):
         self.args, self.journal, self.key, self.stop = args, journal, key, threading.Event()
-        self.running, self.in_a_row, self.unmade, self.why = 0, 0, 0, ""
+        self.in_a_row, self.unmade, self.why = 0, 0, ""
 
     def ask(self, jobs, label):
         """jobs -> {key: (reply, why it ended)}. What the teacher fails to answer, or --max_cost does not cover, is missing."""
@@ -446,20 +441,15 @@ class Teacher:
     def one(self, job):
         """In a thread: a request until it is in the journal, or --retries attempts have failed, or --max_cost does not cover it."""
         args, book, (bound, body) = self.args, self.journal, self.bound(job)
-        covered = lambda: book.spent + sum(book.open.values()) + bound <= args.max_cost
         for tries in range(args.retries):
             with book.lock:
-                book.lock.wait_for(lambda: covered() or not self.running)       # what is under way may cost less than its bound
-                if self.stop.is_set() or not covered():
+                if self.stop.is_set() or book.spent + sum(book.open.values()) + bound > args.max_cost:
                     self.unmade += 1
                     return
                 n = book.asks
                 book.write(ask=n, bound=bound)
-                self.running += 1
             got = post(args, self.key, job["key"], body)
             with book.lock:
-                self.running -= 1
-                book.lock.notify_all()
                 if "reply" in got:
                     book.write(n=n, key=job["key"], cost=(got["in"] * args.price_in + got["out"] * args.price_out) / 1e6, **got)
                     self.in_a_row = 0

@@ -633,15 +633,15 @@ def test_addresses_that_are_refused(url, tmp_path, capsys):
     assert e.value.code == 2 and err.count("\n") == 1 and "pw" not in err.replace("passwd", "")
 
 
-@pytest.mark.parametrize("target", ["http://localhost:{port}/secret", "http://[::1]:{port}/secret", "file:///etc/passwd", "//169.254.169.254/"])
+@pytest.mark.parametrize("target", ["http://127.0.0.2:{port}/secret", "http://[::1]:{port}/secret", "file:///etc/passwd", "//169.254.169.254/"])
 def test_redirects_that_are_refused(target, tmp_path, serve, monkeypatch):
     def answer(handler, _):
         if handler.path == "/page":
             handler.send("", 302, Location=target.format(port=server.server_address[1]))
         else:
             handler.send("secret" if "secret" in handler.path else "", 200 if "secret" in handler.path else 404, kind="text/html")
-    server, real = serve(answer), si.refuse_private
-    monkeypatch.setattr(si, "refuse_private", lambda host, ip: host == "127.0.0.1" or real(host, ip))        # as if it were public
+    server, real = serve(answer), si.ipaddress.ip_address
+    monkeypatch.setattr(si.ipaddress, "ip_address", lambda ip: real("1.1.1.1" if ip == "127.0.0.1" else ip))        # as if it were public
     with pytest.raises(SystemExit) as e:
         si.read_urls(arguments("--urls", server.url + "/page", "--delay", 0, "--out", tmp_path))
     assert e.value.code == 2 and server.paths == ["/robots.txt", "/page"]
@@ -700,7 +700,7 @@ def test_alone_in_an_empty_folder(tmp_path):
 
 
 @pytest.mark.parametrize("flags", ["--passes 0", "--rouge nan", "--max_cost nan", "--max_cost -1", "--chunks_min 9 --chunks_max 3", "--heldout 1",
-                                   "--context 100", "--chunks_for fox=1,2", "--chunks_for fox=nan,1,1,2", "--chunks_for fox=3,1,0,2", "--teacher gpt", "--parallel x",
+                                   "--context 100", "--chunks_for fox=1,2", "--chunks_for fox=nan,1,1,2", "--chunks_for fox=3,1,0,2", "--chunks_for fox=1.2.3,1,1,2", "--teacher gpt", "--parallel x",
                                    "--teacher gpt --price_in 1", "--teacher gpt --price_in -1 --price_out 1", "--unknown", "--pass 3",
                                    "--api_base http://u:p@h/v1"])
 def test_wrong_flags_end_in_a_sentence(flags, capsys):

@@ -125,7 +125,7 @@ def decode(raw, kind=""):
 
 class Page(html.parser.HTMLParser):
     """HTML, however broken -> parts [(paragraph, whether it stands in a frame: a menu, a footer)]. Code goes, and what is mostly links."""
-    KINDS = dict(code="head script style noscript template svg iframe", frame="nav header footer aside form button select", link="a",
+    KINDS = dict(code="title script style noscript template svg iframe", frame="nav header footer aside form button select", link="a",
                  block="p div br li ul ol tr td th table section article main h1 h2 h3 h4 h5 h6 pre dt dd hr body")
     KIND = {tag: kind for kind, tags in KINDS.items() for tag in tags.split()}
 
@@ -217,7 +217,7 @@ def get_page(session, url, args, robots=None):
 
 def obey_robots(session, url, args, robots):
     """Waits as the site's robots.txt asks; raises ValueError if it forbids the page."""
-    site = "/".join(url.split("/")[:3])
+    site = re.match(r"[^/]+//[^/?#]+", url)[0]
     if site not in robots:
         robots[site] = urllib.robotparser.RobotFileParser()
         try:
@@ -428,6 +428,7 @@ class Teacher:
             self.stop.set()
             pool.shutdown(cancel_futures=True)
             raise
+        # stopped, or not one answer: a wrong model name is no run with all rows missing
         if self.stop.is_set() or todo and not self.unmade and not replies.keys() & todo.keys():
             sorry(f"the teacher at {self.args.api_base} fails: {self.why}; its answers so far are kept, the same command goes on")
         return {job["key"]: (replies[job["key"]]["reply"], replies[job["key"]]["finish"]) for job in jobs if job["key"] in replies}
@@ -457,6 +458,7 @@ class Teacher:
                 if got.get("free"):
                     book.write(n=n, free=got["why"])
                 self.in_a_row, self.why = self.in_a_row + 1, got["why"]
+                # all threads failed all their attempts: it is down; or it knows neither us nor our key
                 if self.in_a_row >= args.parallel * args.retries or got["why"] in ("HTTP 401", "HTTP 403"):
                     self.stop.set()
             wait = min(max(0.0, got.get("after", 0.0)), 120.0) or min(60, PAUSE * 2.0**tries) * (0.5 + 0.5 * np.random.random())
@@ -497,7 +499,7 @@ def chunks(text, n, most):
     `most` bytes. Joined they are text again."""
     while True:
         size, cuts = len(text) / n, [0]
-        near = int(min(200, size / 4))
+        near = int(min(200, size / 4))                  # how far a cut may move: neighbours' cuts never meet
         for at in (round(i * size) for i in range(1, n)):
             ends = [i + len(mark) for mark in ("\n\n", ". ", " ") if (i := text.rfind(mark, at - near, at + near)) >= 0]
             cuts.append(ends[0] if ends else at)
@@ -505,12 +507,12 @@ def chunks(text, n, most):
         largest = max((len(p.encode("utf-8", "replace")) for p in pieces), default=0)
         if largest <= most:
             return pieces
-        n = max(n + 1, int(n * largest / most))
+        n = max(n + 1, int(n * largest / most))         # still too large: as many more as the largest needs
 
 
 def blocks(text, most=1500):
     """text -> its paragraphs, each with the headings above it; a very long one is cut. Joined they are text again."""
-    parts = re.findall(r"(?s)(?:#[^\n]*\n{2,})*.+?(?:\n{2,}|\Z)", text)
+    parts = re.findall(r"(?s)(?:#[^\n]*\n{2,})*.+?(?:\n{2,}|\Z)", text)         # a heading alone would make no question
     return [piece for part in parts for piece in chunks(part, 1, most)]
 
 
@@ -521,7 +523,7 @@ def hold_out(texts, share, seed):
     for text in texts:
         parts, size = {b.strip() for b in blocks(text)}, 0
         for part in sorted(parts, key=lambda b: hashlib.sha256(f"{seed} {b}".encode()).digest())[:-1] if share else ():
-            if not size or size + len(part) / 2 <= share * len(text):
+            if not size or size + len(part) / 2 <= share * len(text):       # half of it still fits: nearer to share than without
                 held.add(part)
                 size += len(part)
     return held
@@ -534,7 +536,7 @@ def plan(guides, args):
     for name, where, text in guides:
         rng = np.random.default_rng([args.seed, zlib.crc32(name.encode())])
         shape = args.chunks_for.get(name.lower(), (args.chunks_mean, args.chunks_sd, args.chunks_min, args.chunks_max))
-        sides = ["".join(b for b in blocks(text) if (b.strip() in held) == side) for side in (False, True)]
+        sides = ["".join(b for b in blocks(text) if (b.strip() in held) == side) for side in (False, True)]     # to train on, held out
         for turn in range(args.passes):
             for heldout, n in ((False, clipped_gaussian(rng, *shape)), (True, 1)):
                 pieces = [p for p in chunks(sides[heldout], n, args.context - args.max_tokens - 1500) if p.strip()]
@@ -568,7 +570,7 @@ def lcs(where, m, b):
     """Length of the longest common subsequence of a and b, words. where: word -> bits of its places in a; m = len(a). One big-integer row
     per word of b (Hyyro 2004)."""
     full = v = (1 << m) - 1
-    for w in b:
+    for w in b:                             # a bit of v is 0 where the subsequence grows by one
         hit = v & where.get(w, 0)
         v = (v + hit | v - hit) & full
     return m - v.bit_count()
@@ -588,7 +590,7 @@ class RougeIndex:
     def near(self, words):
         m, where = len(words), collections.defaultdict(int)
         for i, w in enumerate(words):
-            where[w] |= 1 << i
+            where[w] |= 1 << i                          # for lcs: bit i says that word i is w
         lists = [np.frombuffer(self.index[w], np.int64) for w in self.bag(words) if w in self.index]
         shared = np.bincount(np.concatenate([np.zeros(0, np.int64)] + lists), minlength=len(self.kept))
         least = self.t * (m + np.frombuffer(self.lengths, np.int64)) / 2
@@ -656,7 +658,7 @@ def clean(rows, args, teacher):
 def report(rows, notes, facts):
     """A run's numbers as text: what was read, each filter's toll, a histogram of answer lengths, ten samples."""
     kept, toll = [r for r in rows if not r["why"]], collections.Counter(r["why"] for r in rows if r["why"])
-    bins = collections.Counter(len(tokens(r["a"])).bit_length() for r in kept)
+    bins = collections.Counter(len(tokens(r["a"])).bit_length() for r in kept)          # bin b: from 2^(b-1) to 2^b - 1 words
     text = [f"{k}: {v}" for k, v in facts.items()] + [f"{where}: {why}" for where, why in notes]
     text += ["", f"{'rows in':<32}{len(rows):>8}"] + [f"{why:<32}{-n:>8}" for why, n in toll.most_common()]
     text += [f"{'rows out':<32}{len(kept):>8}", "", "words per answer"]

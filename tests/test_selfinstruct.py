@@ -383,6 +383,7 @@ def test_html():
             "<footer>(c)</footer><h2>Next</h2>A queen.")
     html_to_text = lambda page: si.to_text(page.encode(), "text/html")[0]
     assert html_to_text(page) == "The king & the rook castle.\n\nUnclosed king\n\nmoves.\n\nNext\n\nA queen."
+    assert html_to_text("<html><head><title>x</title><body><p>The king.") == "The king."      # HTML lets </head> be left out
     assert "moves far" in html_to_text("<nav>menu<p>" + "The king moves far. " * 30), "a <nav> left open ate the page"
     assert "king" in html_to_text("<p>The king.<![foo bar ]><p>More") and "deep" in html_to_text("<div>" * 50_000 + "deep")
 
@@ -625,7 +626,7 @@ def test_the_journal_mends_a_torn_line_and_refuses_a_broken_one(tmp_path, capsys
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:9/", "http://localhost:9/", "http://[::1]:9/", "http://169.254.169.254/latest", "http://10.0.0.1/",
                                  "http://127.1:9/", "http://2130706433:9/", "http://[::ffff:127.0.0.1]:9/", "http://0.0.0.0:9/",
-                                 "file:///etc/passwd", "ftp://example.org/x", "king=file:///etc/passwd", "http://user:pw@example.org/"])
+                                 "file:///etc/passwd", "ftp://example.org/x", "king=file:///etc/passwd", "http://user:pw@example.org/", "http://127.0.0.1:9?x", "http://127.0.0.1:9#@x"])
 def test_addresses_that_are_refused(url, tmp_path, capsys):
     with pytest.raises(SystemExit) as e:
         si.read_urls(arguments("--urls", url, "--delay", 0, "--out", tmp_path))
@@ -660,12 +661,12 @@ def test_pages_are_fetched_politely_and_once(tmp_path, serve, monkeypatch):
     server, waits = serve(answer), []
     monkeypatch.setattr(si.time, "sleep", waits.append)
     args = arguments("--allow_private", "--delay", 0, "--max_mb", 1, "--out", tmp_path, "--urls", f"king={server.url}/king",
-                     *(f"{server.url}/{p}" for p in ("big", "pdf", "private", "missing", "loop")))
+                     *(f"{server.url}/{p}" for p in ("big", "pdf", "private", "missing", "loop", "private?x")))
     guides, notes = si.read_urls(args)
     assert guides == [("king", server.url + "/king", "The k\u00eeng moves one square.")] and "/private" not in server.paths
     assert [why for _, why in notes] == ["repaired: not utf-8", "left out: larger than --max_mb, or slower than a minute",
                                          "left out: application/pdf is not text", "left out: robots.txt forbids it", "left out: HTTP 404",
-                                         "left out: too many redirects"]
+                                         "left out: too many redirects"] + ["left out: robots.txt forbids it"]
     assert set(waits) == {0, 7} and waits.count(7) == len(server.paths) - 1 and server.paths.count("/robots.txt") == 1
     assert si.read_urls(args)[0] == guides and server.paths.count("/king") == 1
 

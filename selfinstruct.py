@@ -428,8 +428,7 @@ class Teacher:
             self.stop.set()
             pool.shutdown(cancel_futures=True)
             raise
-        # stopped, or not one answer: a wrong model name is no run with all rows missing
-        if self.stop.is_set() or todo and not self.unmade and not replies.keys() & todo.keys():
+        if self.stop.is_set() or todo and not self.unmade and not replies.keys() & todo.keys():         # not one answer: a wrong name?
             sorry(f"the teacher at {self.args.api_base} fails: {self.why}; its answers so far are kept, the same command goes on")
         return {job["key"]: (replies[job["key"]]["reply"], replies[job["key"]]["finish"]) for job in jobs if job["key"] in replies}
 
@@ -458,9 +457,8 @@ class Teacher:
                 if got.get("free"):
                     book.write(n=n, free=got["why"])
                 self.in_a_row, self.why = self.in_a_row + 1, got["why"]
-                # all threads failed all their attempts: it is down; or it knows neither us nor our key
                 if self.in_a_row >= args.parallel * args.retries or got["why"] in ("HTTP 401", "HTTP 403"):
-                    self.stop.set()
+                    self.stop.set()             # all failed all their attempts: it is down, or knows neither us nor our key
             wait = min(max(0.0, got.get("after", 0.0)), 120.0) or min(60, PAUSE * 2.0**tries) * (0.5 + 0.5 * np.random.random())
             if not got.get("retry", True) or tries + 1 < args.retries and self.stop.wait(wait):
                 return

@@ -13,17 +13,17 @@ After the RAG demonstration of Small-LLM, whose code was never published: the pr
 3. HalfCheetah-v5, whatever the prompt says
 Not handled: models that refuse temperature or max_tokens; replies in pieces (streaming); other environments.
 """
-import concurrent.futures, email.utils, hashlib, json, math, os, pathlib, queue, re, sys, threading, time
+import concurrent.futures, hashlib, json, math, os, pathlib, queue, re, sys, threading, time
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 import common
-from common import Cheetahs, sorry
+from common import OPENAI, Cheetahs, Journal, post, read_key, sorry
 
 S_DIM, A_DIM, DT, T_DATA = 17, 6, 0.05, 1000       # HalfCheetah-v5: observation, action, seconds per step, time limit
-OUT, OPENAI, PAUSE = pathlib.Path("out"), "https://api.openai.com/v1", 1.0      # PAUSE: seconds before a second try; then it doubles
+OUT, PAUSE = pathlib.Path("out"), 1.0      # PAUSE: seconds before a second try; then it doubles
 
 # ---- flags -----------------------------------------------------------------------------------------------------------------
 
@@ -77,16 +77,6 @@ def get_args(argv=None):
     if "@" in args.api_base:
         sorry("--api_base must not hold a password, which would end up in the results; a key goes into OPENAI_API_KEY")
     return args
-
-
-def read_key(args):
-    """The API key, from OPENAI_API_KEY only. It goes into one header and nowhere else: no file, prompt, log or message."""
-    key = os.environ.get("OPENAI_API_KEY", "").strip()
-    if not re.fullmatch(r"[\x21-\x7e]*", key):          # requests would quote the whole header in its complaint
-        sorry("OPENAI_API_KEY holds characters that no key has; set it anew")
-    if args.llm != "knn" and not key and args.api_base == OPENAI:
-        sorry("set OPENAI_API_KEY, or --api_base for a server of your own, or use --llm knn, which needs neither")
-    return key
 
 # ---- episodes: what was still to be earned at each of their steps -------------------------------------------------------------
 
@@ -194,84 +184,6 @@ def parse(reply, encoding):
     return np.clip(x, -1, 1), bool((abs(x) > 1).any())
 
 # ---- the endpoint: everything that can go wrong, and what was paid -----------------------------------------------------------------
-
-class Journal:
-    """Append-only JSON lines, on disk before the run goes on: {"ask": n, "bound": $} before a request, {"n": n, "key": its
-    place in the run, "reply": ..., "cost": $} or {"n": n, "free": why} after it. An ask without its second line may have been
-    paid for: it counts with its bound. A reply that is here is never asked for again."""
-    def __init__(self, path):
-        self.replies, self.open, self.asks, self.spent, self.lock = {}, {}, 0, 0.0, threading.Lock()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.file, good = open(path, "ab+"), 0
-        try:
-            import fcntl
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)       # the system lets go of it however we die
-        except ImportError:
-            pass                                                        # windows: two runs at once are the user's care
-        except OSError:
-            sorry(f"another run is writing to {path}; wait for it")
-        self.file.seek(0)
-        for number, line in enumerate(self.file, 1):
-            try:
-                self.count(json.loads(line) if line.endswith(b"\n") else {})
-            except (ValueError, KeyError, TypeError):
-                if line.endswith(b"\n"):
-                    sorry(f"{path} line {number} is not a line of this journal; remove that line to go on")
-                break                                                   # torn by a crash: cut off
-            good += len(line)
-        self.file.truncate(good)
-
-    def count(self, line):
-        if "ask" in line:
-            self.open[line["ask"]], self.asks = float(line["bound"]), line["ask"] + 1
-            return
-        self.open.pop(line["n"], None)
-        if "key" in line:
-            self.spent += line["cost"]
-            self.replies.setdefault(line["key"], line)
-
-    def write(self, **line):
-        self.file.write(json.dumps(line).encode() + b"\n")
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.count(line)
-
-
-def post(args, key, idempotent, body):
-    """One attempt. -> reply, in, out (tokens), seconds; or why, with free=True if nothing can have been billed, retry=False if
-    it is no use, after=seconds if the server asks for a pause."""
-    import requests, urllib3
-    got, began, url = {}, time.monotonic(), args.api_base.rstrip("/") + "/chat/completions"
-    # through auth, for requests would replace a plain header by what ~/.netrc has for the host
-    auth = lambda r: r.headers.update({"Authorization": f"Bearer {key}"} if key else {}) or r
-    try:
-        # servers and gateways that know Idempotency-Key answer a repeated request from memory, unpaid; others ignore it
-        with requests.post(url, json=body, auth=auth, headers={"Idempotency-Key": idempotent}, stream=True, allow_redirects=False,
-                           timeout=(min(10, args.timeout), args.timeout)) as r:
-            raw, status, after = b"", r.status_code, r.headers.get("Retry-After")
-            # errors are not billed; but behind a 502 or 504 is a gateway that gave up on a model who may answer yet
-            got = dict(why=f"HTTP {status}", free=status not in (200, 502, 504), retry=status in (200, 408, 409, 425, 429) or status >= 500)
-            for block in r.iter_content(65536):
-                raw += block
-                if len(raw) > 1e6:
-                    raise ValueError
-        hide = lambda text: re.sub(r"\bsk-[\w*.-]{8,}", "[key]", text.replace(key, "[key]") if key else text)  # should a server repeat it
-        if status == 200:
-            data = json.loads(raw)
-            text, use = hide(str(data["choices"][0]["message"].get("content") or "")), data.get("usage") or {}
-            most = dict(prompt_tokens=len(json.dumps(body)), completion_tokens=len(text.encode("utf-8", "replace")))
-            used = [use[k] if type(use.get(k)) is int and use[k] >= 0 else most[k] for k in most]       # a token is a byte or more
-            got = {"reply": text, "in": used[0], "out": used[1], "seconds": round(time.monotonic() - began, 3)}
-        elif status in (400, 404, 422):
-            got["why"] += hide(" " + " ".join(re.findall(r'"message": *"([^"]{1,200})', raw.decode("utf-8", "replace"))))
-        elif after:
-            got["after"] = (float(after) if re.fullmatch(r"[\d.]{1,9}", after)
-                            else email.utils.parsedate_to_datetime(after).timestamp() - time.time())
-    except (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError, LookupError, TypeError, AttributeError) as e:
-        if not got.get("free"):             # only the error's type: its message may quote headers
-            never = isinstance(getattr(e.args[0] if e.args else None, "reason", None), urllib3.exceptions.NewConnectionError)
-            got = dict(why=f"{type(e).__name__} in the reply" if got else type(e).__name__, free=never)     # never connected
-    return got
 
 
 class GivenUp(Exception):
@@ -393,7 +305,7 @@ def journal_file(args):
 
 def main():
     args, began, controller = get_args(), time.time(), None
-    key, asked = read_key(args), np.repeat(args.targets, args.episodes)
+    key, asked = read_key(args, "--llm knn", args.llm != "knn"), np.repeat(args.targets, args.episodes)
     store = find_store(args)
     if args.llm != "knn":
         file = journal_file(args)

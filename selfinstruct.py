@@ -11,17 +11,16 @@ writes pairs from one chunk of a guide at a time, and how many chunks there are 
 question is about a text trained on. 4. answers must be grounded in their chunk. 5. ROUGE-L sees all kept questions, through an index.
 Not handled: PDF, pages made by JavaScript, a teacher that bills more than max_tokens or cuts one token into several.
 """
-import array, collections, concurrent.futures, contextlib, email.utils, hashlib, html, html.parser, ipaddress, json, math, os, pathlib, re
+import array, collections, concurrent.futures, contextlib, hashlib, html, html.parser, ipaddress, json, math, os, pathlib, re
 import socket, sys, threading, time, urllib.parse, urllib.robotparser, zlib
 import numpy as np
 import requests, urllib3
 from tqdm import tqdm
 
 import common
-from common import sorry
+from common import OPENAI, Journal, hide, post, read_key, sorry
 
-HERE, OPENAI = pathlib.Path(__file__).resolve().parent, "https://api.openai.com/v1"
-PAUSE = 1.0             # seconds before a second try; then it doubles
+HERE, PAUSE = pathlib.Path(__file__).resolve().parent, 1.0           # seconds before a second try; then it doubles
 
 # ---- flags -----------------------------------------------------------------------------------------------------------------
 
@@ -88,21 +87,6 @@ def get_args(argv=None):
     if "@" in args.api_base:
         sorry("--api_base must not hold a password, which would end up in the results; a key goes into OPENAI_API_KEY")
     return args
-
-
-def read_key(args):
-    """The API key, from OPENAI_API_KEY only. It goes into one header and nowhere else: no file, prompt, log or message."""
-    key = os.environ.get("OPENAI_API_KEY", "").strip()
-    if not re.fullmatch(r"[\x21-\x7e]*", key):          # requests would quote the whole header in its complaint
-        sorry("OPENAI_API_KEY holds characters that no key has; set it anew")
-    if args.teacher != "cloze" and not key and args.api_base == OPENAI:
-        sorry("set OPENAI_API_KEY, or --api_base for a server of your own, or use --teacher cloze, which needs neither")
-    return key
-
-
-def hide(text, key):
-    """text without the key, should a guide or a server repeat it."""
-    return re.sub(r"\bsk-[\w*.-]{8,}", "[key]", text.replace(key, "[key]") if key else text)
 
 # ---- sources: whatever people have, to clean text --------------------------------------------------------------------------
 
@@ -323,83 +307,6 @@ def cloze(job):
             question = f"Fill in the blank about the {job['name']}: {hidden}"
         pairs.append(f"Q: {question}\nA: {sentence if job['variant'] % 3 == 2 else answer}")    # lengthy: all of it
     return "\n\n".join(pairs)
-
-
-class Journal:
-    """Append-only JSON lines, on disk before the run goes on: {"ask": n, "bound": $} before a request, {"n": n, "key": its job's,
-    "reply": ..., "cost": $} or {"n": n, "free": why} after it. An ask without its second line may have been paid for: it counts with its
-    bound. A reply that is here is never asked for again."""
-    def __init__(self, path):
-        self.replies, self.open, self.asks, self.spent, self.lock = {}, {}, 0, 0.0, threading.Lock()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.file, good = open(path, "ab+"), 0
-        try:
-            import fcntl
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)       # the system lets go of it however we die
-        except ImportError:
-            pass                                                        # windows: two runs at once are the user's care
-        except OSError:
-            sorry(f"another run is writing to {path}; wait for it or give another --out")
-        self.file.seek(0)
-        for number, line in enumerate(self.file, 1):
-            try:
-                self.count(json.loads(line) if line.endswith(b"\n") else {})
-            except (ValueError, KeyError, TypeError):
-                if line.endswith(b"\n"):
-                    sorry(f"{path} line {number} is not a line of this journal; remove that line to go on")
-                break                                                   # torn by a crash: cut off
-            good += len(line)
-        self.file.truncate(good)
-
-    def count(self, line):
-        if "ask" in line:
-            self.open[line["ask"]], self.asks = float(line["bound"]), line["ask"] + 1
-            return
-        self.open.pop(line["n"], None)
-        if "key" in line:
-            self.spent += line["cost"]
-            self.replies.setdefault(line["key"], line)
-
-    def write(self, **line):
-        self.file.write(json.dumps(line).encode() + b"\n")
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.count(line)
-
-
-def post(args, key, idempotent, body):
-    """One attempt. -> reply, finish, in, out (tokens); or why, with free=True if nothing can have been billed, retry=False if it is no use,
-    after=seconds if the server asks for a pause."""
-    got, url = {}, args.api_base.rstrip("/") + "/chat/completions"
-    # through auth, for requests would replace a plain header by what ~/.netrc has for the host
-    auth = lambda r: r.headers.update({"Authorization": f"Bearer {key}"} if key else {}) or r
-    try:
-        # servers and gateways that know Idempotency-Key answer a repeated request from memory, unpaid; others ignore it
-        with requests.post(url, json=body, auth=auth, headers={"Idempotency-Key": idempotent}, stream=True, allow_redirects=False,
-                           timeout=(min(10, args.timeout), args.timeout)) as r:
-            raw, end, status, after = b"", time.monotonic() + args.timeout, r.status_code, r.headers.get("Retry-After")
-            # errors are not billed; but behind a 502 or 504 is a gateway that gave up on a teacher who may answer yet
-            got = dict(why=f"HTTP {status}", free=status not in (200, 502, 504), retry=status in (200, 408, 409, 425, 429) or status >= 500)
-            for block in r.iter_content(65536):
-                raw += block
-                if len(raw) > 1e6 or time.monotonic() > end:
-                    raise ValueError
-        if status == 200:
-            data = json.loads(raw)
-            text, use = hide(str(data["choices"][0]["message"].get("content") or ""), key), data.get("usage") or {}
-            most = dict(prompt_tokens=len(json.dumps(body)), completion_tokens=len(text.encode("utf-8", "replace")))
-            used = [use[k] if type(use.get(k)) is int and use[k] >= 0 else most[k] for k in most]       # a token is a byte or more
-            got = {"reply": text, "finish": str(data["choices"][0].get("finish_reason")), "in": used[0], "out": used[1]}
-        elif status in (400, 404, 422):
-            got["why"] += hide(" " + " ".join(re.findall(r'"message": *"([^"]{1,200})', raw.decode("utf-8", "replace"))), key)
-        elif after:
-            date = None if re.fullmatch(r"[\d.]{1,9}", after) else email.utils.parsedate_to_datetime(after)
-            got["after"] = date.timestamp() - time.time() if date else float(after)
-    except Exception as e:                  # of requests, JSON, dates; only its type is told: its message may quote headers
-        if not got.get("free"):
-            never = isinstance(getattr(e.args[0] if e.args else None, "reason", None), urllib3.exceptions.NewConnectionError)
-            got = dict(why=f"{type(e).__name__} in the reply" if got else type(e).__name__, free=never)     # never connected
-    return got
 
 
 class Teacher:
@@ -666,7 +573,7 @@ def report(rows, notes, facts):
 
 def main():
     args, start = get_args(), time.time()
-    key, out = read_key(args), pathlib.Path(args.out)
+    key, out = read_key(args, "--teacher cloze", args.teacher != "cloze"), pathlib.Path(args.out)
     guides, notes = read_urls(args) if args.urls else read_guides(args)
     notes += [(where, "left out: empty") for _, where, text in guides if not text.strip()]
     guides = [(name, where, hide(text, key)) for name, where, text in guides if text.strip()]

@@ -51,7 +51,7 @@ def get_args(argv=None):
     p.flag("n_embd", 128, "width of a token")
     # training
     p.flag("steps", 1000, "gradient steps")
-    p.flag("small", 0.6, "share of the steps on small dense mazes alone (9-12 x 14-22, 3 bars), cheap and full of bounces; then every second")
+    p.flag("small", 0.6, "share of the steps on small dense mazes alone (9-12 x 14-22, 3 bars), full of bounces; then every second")
     p.flag("mazes", 8, "mazes per step and process")
     p.flag("balls", 6, "games per maze: they share its memory")
     p.flag("lr", 2e-3, "AdamW's peak learning rate")
@@ -185,8 +185,8 @@ def one_game(field, r, c, direction, text):
 def prompt(g):
     """A single game in the seed's text format; its answer is the fenced grid with the text written along the path."""
     rows = drawn(g["fields"][0], g["R"][0, 0, :1], g["C"][0, 0, :1], "*")
-    return ("A ball starts at the * and moves diagonally through the playing field, one cell per step. Walls reflect it. Each step writes the "
-            "next character of the reference text; a space leaves the cell as it was, a later character overwrites an earlier one.\n\n"
+    return ("A ball starts at the * and moves diagonally through the playing field, one cell per step. Walls reflect it. Each step writes "
+            "the next character of the reference text; a space leaves the cell as it was, a later character overwrites an earlier one.\n\n"
             f"### Starting direction:\n{list(DIRECTIONS)[g['D'][0, 0, 0]]}\n\n### Reference text:\n{g['texts'][0]}\n\n"
             "### Playing field:\n```\n" + "\n".join(rows) + "\n```\n\n### Answer:\n")
 
@@ -252,7 +252,7 @@ def compare(line):
     rates, letter = dict(exact_grid=same.all(), walls=same[wall].all()), ~wall & (want != " ")
     if letter.any():
         rates["letters"] = same[letter].mean()
-    if want[second] == g["texts"][0][1:2]:                           # unless overwritten later: is the second letter where the direction says?
+    if want[second] == g["texts"][0][1:2]:          # unless overwritten later: is the second letter where the direction says?
         rates["direction"] = same[second]
     return rates
 
@@ -356,7 +356,8 @@ class Bouncer(nn.Module):
         omega = [2.2 * (0.1 / 2.2)**(i / (m - 1)) for m in self.axes for i in range(m)]         # radians per cell or step
         place, time = ([float((axis == 2) == late) for axis, m in enumerate(self.axes) for _ in range(m)] for late in (False, True))
         self.register_buffer("omega", torch.tensor(omega), persistent=False)
-        self.register_buffer("table", torch.tensor([[0.0] * pairs, place, time]).repeat(1, 2), persistent=False)    # of nothing, walls, text
+        table = torch.tensor([[0.0] * pairs, place, time]).repeat(1, 2)             # of nothing, walls, text: (3, hs)
+        self.register_buffer("table", table, persistent=False)
 
     def angles(self, pos):
         """pos (..., 3) -> cos and sin (..., pairs) of each pair's angle."""
@@ -640,12 +641,14 @@ def main():
     print(f"\n{metrics['parameters']:,} parameters, {seconds:.0f} s of training")
     tall, wide = (int(1.5 * x[1]) for x in (args.height, args.width))
     long = sorted((f"{a} {b}" for a, b in zip(unseen, unseen[len(unseen) // 2:])), key=len)
-    beyond = {"": {}, f", {tall} x {wide}": dict(height=[tall] * 2, width=[wide] * 2), ", two quotes in one": {}, ", twice the walls": dict(bars=2 * args.bars)}
+    beyond = {"": {}, f", {tall} x {wide}": dict(height=[tall] * 2, width=[wide] * 2), ", two quotes in one": {},
+              ", twice the walls": dict(bars=2 * args.bars)}
+    titles = dict(by_time="letters right, steps 0-9, 10-19, ...", by_bounce="in place after bounce 1, 2, ...")
     for name, change in beyond.items():                     # 1.5 times the largest size, and what else it never saw
         games = max(1, args.games // (5 if name else 1))
         rates = evaluate(model, args, long if "two" in name else unseen, device, games, **change)
         print(f"{games} held-out games{name}: " + "  ".join(f"{k} {v:.2%}" for k, v in rates.items() if not isinstance(v, list)))
-        for k, title in dict(by_time="letters right, steps 0-9, 10-19, ...", by_bounce="in place after bounce 1, 2, ...").items() if not name else ():
+        for k, title in () if name else titles.items():
             print(f"  {title}: " + " ".join(f"{x:.3f}" for x in rates[k]))
         metrics.update({k + name: v for k, v in rates.items() if k in ("exact_grid", "exact_path")})
     _, _, R, C, text = next(read_path(g, generate(model, g, device)[0]))

@@ -3,7 +3,8 @@
 Next-token sampling, beam search, a small numpy renderer and mp4 writer, files that are never half-written, and errors
 that are one sentence. Nothing here has an idea in it; copy it beside any script of this repository and the script runs.
 """
-import argparse, collections, contextlib, csv, glob, hashlib, io, json, math, mmap, os, pathlib, platform, re, sys, threading, time, unicodedata
+import argparse, collections, contextlib, csv, glob, hashlib, io, json, math, mmap, os, pathlib, platform, re, sys, threading, time
+import unicodedata
 
 import numpy as np
 import torch
@@ -306,7 +307,8 @@ def read_texts(path):
         if path.endswith(".json"):
             rows = json.loads(text)
             rows = [x for v in rows.values() for x in (v if isinstance(v, list) else [v])] if isinstance(rows, dict) else rows
-            found = [next((x[k] for k in ("quote", "text", "Quote", "q", "body") if k in x), "") if isinstance(x, dict) else x for x in rows]
+            of = lambda x: next((x[k] for k in ("quote", "text", "Quote", "q", "body") if k in x), "") if isinstance(x, dict) else x
+            found = [of(x) for x in rows]
         elif path.endswith(".csv"):
             rows = [row for row in csv.reader(io.StringIO(text)) if row]
             head = [x.strip().lower() for x in rows[0]]

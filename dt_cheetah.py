@@ -63,7 +63,7 @@ def get_args(argv=None):
     p.flag("warmup", 50, "steps up to the peak; a cosine down to a tenth of it follows")
     p.flag("weight_decay", 1e-4, "AdamW's, the paper's")
     p.flag("grad_clip", 1.0, "largest gradient norm")
-    p.flag("dtype", "auto", "of training's matrix products; auto: bfloat16 where the hardware has it", choices=["auto", "bfloat16", "float32"])
+    p.flag("dtype", "auto", "of training's products; auto: bfloat16 where the hardware has it", choices=["auto", "bfloat16", "float32"])
     p.flag("seed", 0, "of weights, batches and evaluation starts")
     # the search for gaits
     p.flag("search", False, "search a ladder anew, write it to out/cheetah_ladder.npz and end")
@@ -220,8 +220,8 @@ def search(args, file):
     if "W" not in z:
         W, b = fast_gait(args, z, save)
         rew = play(W[None].repeat(16, 0), b[None].repeat(16, 0), starts(16, np.random.default_rng(0)), 300)[2]
-        save(W=W, b=b, first=np.round(rew.mean(), 1), i=0, tries=0, rough=True, vetted=0, failed=np.empty(0), Ws=np.empty((0, A_DIM, S_DIM)), bs=np.empty((0, A_DIM)),
-             found=np.empty((0, 2)), running=np.empty((0, 16, 19)))
+        save(W=W, b=b, first=np.round(rew.mean(), 1), i=0, tries=0, rough=True, vetted=0, failed=np.empty(0),
+             Ws=np.empty((0, A_DIM, S_DIM)), bs=np.empty((0, A_DIM)), found=np.empty((0, 2)), running=np.empty((0, 16, 19)))
     # finer where the gaits are slow: there a rung is a larger share of what is asked
     speeds = np.concatenate([np.arange(-0.25, 1.1, 0.09), np.arange(1.1, 3.0, 0.12), np.arange(3.0, 5.8, 0.16), np.arange(5.8, 6.4, 0.08)])
     speeds = speeds[::args.search_stride]

@@ -424,7 +424,8 @@ def main():
     if args.compare:
         return compare(args)
     print(f"device {device}, {torch.get_num_threads()} threads")
-    trunk, adapter, seconds, count = train(args, functools.cache(lambda: common.read_episodes(common.find_ladder(args.dataset))), checkpoint(args), device)
+    data = functools.cache(lambda: common.read_episodes(common.find_ladder(args.dataset)))      # read once, if there is training to do
+    trunk, adapter, seconds, count = train(args, data, checkpoint(args), device)
     asked = np.repeat(args.targets, args.episodes)
     got, fell, diary = evaluate(trunk, adapter, asked, args, device)
     error = abs(got - asked) / np.maximum(abs(asked), 1)

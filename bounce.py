@@ -43,7 +43,7 @@ def get_args(argv=None):
     p.flag("height", [18, 26], "smallest and largest height of a maze", nargs=2, type=int)
     p.flag("width", [32, 86], "smallest and largest width", nargs=2, type=int)
     p.flag("bars", 4.0, "mean number of walls of each orientation")
-    # how it becomes tokens and positions
+    # what is drawn in the end
     p.flag("draw", "code", "who draws the final grid: code, from the path, or the model, cell by cell, after it", choices=["code", "model"])
     # model
     p.flag("n_layer", 3, "transformer blocks")
@@ -511,7 +511,7 @@ def read_path(g, tokens, shift=SHIFT):
 
 
 def evaluate(model, args, quotes, device, games, **change):
-    """Rates over held-out games, each in its own maze. -> dict: exact_path, exact_grid, and for pens letters, direction, walls, by_time
+    """Rates over held-out games, each in its own maze. -> dict: exact_path, exact_grid, letters, direction, walls, by_time
     (letters right, in tens of steps) and by_bounce (pen in the right place when the k-th bounce is done). change: other sizes."""
     size = dict(dict(height=args.height, width=args.width, bars=args.bars), **change)
     tally, groups = {}, dict(by_time=[], by_bounce=[])

@@ -4,7 +4,7 @@
     OPENAI_API_KEY=... python selfinstruct.py --guides FOLDER --game NAME --teacher MODEL --price_in $ --price_out $
 
 Measured (seed 0, 2 shared x86 cores): the offline run makes 339 pairs to train on and 67 held out, of 4,820 raw ones, in 2 s of CPU.
-Cleaning 30,000 synthetic rows takes 7 s, 21,285 of them kept (tests/bench/bench_selfinstruct.py).
+Cleaning 30,000 synthetic rows takes 8 s of CPU, 21,285 of them kept (tests/bench/bench_selfinstruct.py).
 Self-Instruct (Wang et al. 2022, arXiv 2212.10560) for texts, after sangstar's Melee tutor (2023; 28,584 pairs, about $70): a teacher
 writes pairs from one chunk of a guide at a time, and how many chunks there are is drawn anew for every pass. Differs from them in:
 1. the last chunk is used, too. 2. free filters run before paid ones. 3. paragraphs are held out before anything is asked, so no test

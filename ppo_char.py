@@ -531,7 +531,7 @@ def figure(path, panels, xlabel):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    fig, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3.2), dpi=110)
+    fig, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3.2), dpi=110, layout="constrained")
     for ax, (ylabel, lines) in zip(axes, panels):
         for name, (xs, ys) in lines.items():
             ax.plot(xs, ys, ".-" if len(xs) < 50 else "-", label=name)

@@ -159,9 +159,14 @@ def download(url, path, size=None, sha256=None, headers=None):
 def log_result(script, args, seconds, metrics):
     """Print the one result line of a run and append it, with all that is needed to make it again, to out/results.jsonl."""
     hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} x{os.cpu_count()}"
+    try:
+        import resource                             # the most memory that the process ever held; KiB on Linux, bytes on a Mac
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> (20 if sys.platform == "darwin" else 10)
+    except ImportError:
+        peak = None                                 # windows
     row = dict(time=time.strftime("%Y-%m-%dT%H:%M:%S"), script=script, flags=vars(args), seed=getattr(args, "seed", None),
                versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__),
-               hardware=hardware, seconds=round(seconds, 1), metrics=metrics)
+               hardware=hardware, threads=torch.get_num_threads(), seconds=round(seconds, 1), peak_mb=peak, metrics=metrics)
     pathlib.Path("out").mkdir(exist_ok=True)
     with open("out/results.jsonl", "a") as f:
         f.write(json.dumps(row, default=str) + "\n")

@@ -258,4 +258,5 @@ def test_the_result_line_can_be_read_back(tmp_path, monkeypatch, capsys):
     common.log_result("x.py", argparse.Namespace(seed=3, lr=0.1), 1.5, dict(reached=np.float64(2.5)))
     row = json.loads((tmp_path / "out/results.jsonl").read_text())
     assert row["seed"] == 3 and row["metrics"]["reached"] == 2.5 and row["flags"]["lr"] == 0.1
+    assert 50 < row["peak_mb"] < 50_000 and row["threads"] >= 1         # torch alone takes over 50 MiB
     assert capsys.readouterr().out == "result x.py: reached 2.5\n"

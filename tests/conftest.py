@@ -1,4 +1,4 @@
-import os, pathlib, subprocess, sys
+import http.server, json, os, pathlib, subprocess, sys, threading, time
 
 import pytest
 
@@ -28,3 +28,64 @@ def refused(r):
     assert r.returncode == 2, (r.returncode, r.stderr)
     assert len(lines) == 1 and "Traceback" not in r.stderr, r.stderr
     return lines[0]
+
+
+def completion(text, tokens=(1000, 40), finish="stop"):
+    """What an OpenAI-compatible server replies: text, and the tokens that it bills for prompt and reply."""
+    return json.dumps(dict(choices=[dict(message=dict(content=text), finish_reason=finish)],
+                           usage=dict(prompt_tokens=tokens[0], completion_tokens=tokens[1])))
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Answers through answer(handler, body), body None for a GET; keeps of each POST body, headers and time, of each GET the path."""
+    daemon_threads, request_queue_size = True, 64
+
+    def __init__(self, answer):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.answer, self.lock, self.bodies, self.times, self.headers, self.paths = answer, threading.Lock(), [], [], [], []
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+        threading.Thread(target=self.serve_forever, kwargs=dict(poll_interval=0.05), daemon=True).start()
+
+    def handle_error(self, request, address):
+        pass                                                # a client that hangs up, or is killed, is what we test
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with self.server.lock:
+            self.server.bodies.append(body), self.server.times.append(time.monotonic()), self.server.headers.append(dict(self.headers))
+        self.server.answer(self, body)
+
+    def do_GET(self):
+        self.server.paths.append(self.path)
+        self.server.answer(self, None)
+
+    def send(self, raw, status=200, kind="application/json", length=None, **headers):
+        """length: what the header claims, if not the truth."""
+        raw = raw if isinstance(raw, bytes) else raw.encode()
+        self.send_response(status)
+        for k, v in dict(headers, **{"Content-Type": kind, "Content-Length": str(length or len(raw))}).items():
+            self.send_header(k.replace("_", "-"), v)
+        self.end_headers()
+        self.wfile.write(raw)
+
+    def reply(self, text, *tokens):
+        self.send(completion(text, *tokens))
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def serve():
+    """serve(answer): a Server on 127.0.0.1, for one test."""
+    made = []
+
+    def make(answer):
+        made.append(Server(answer))
+        return made[-1]
+    yield make
+    for server in made:
+        server.shutdown()
+        server.server_close()

@@ -1,5 +1,5 @@
 """rag_cheetah.py: the search against brute force, the prompt against the original's, a server on this machine with every fault."""
-import collections, http.server, json, os, re, signal, subprocess, sys, threading, time
+import collections, json, os, re, signal, subprocess, sys, threading, time
 
 import numpy as np
 import pytest
@@ -143,54 +143,6 @@ def test_what_is_out_of_range_is_clipped_and_said():
 
 # ---- the endpoint --------------------------------------------------------------------------------------------------------------
 
-class Handler(http.server.BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def do_POST(self):
-        raw = self.rfile.read(int(self.headers["Content-Length"]))
-        with self.server.lock:
-            self.server.bodies.append((time.monotonic(), dict(self.headers), json.loads(raw)))
-        self.server.answer(self, json.loads(raw))
-
-    def send(self, raw, status=200, length=None, **headers):
-        self.send_response(status)
-        for k, v in {"Content-Type": "application/json", "Content-Length": str(length or len(raw)), **headers}.items():
-            self.send_header(k.replace("_", "-"), v)
-        self.end_headers()
-        self.wfile.write(raw.encode() if isinstance(raw, str) else raw)
-
-    def reply(self, text, tokens=(1000, 40)):
-        self.send(json.dumps(dict(choices=[dict(message=dict(content=text))], usage=dict(prompt_tokens=tokens[0], completion_tokens=tokens[1]))))
-
-    def log_message(self, *args):
-        pass
-
-
-class Server(http.server.ThreadingHTTPServer):
-    daemon_threads, request_queue_size = True, 64
-
-    def __init__(self, answer):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.answer, self.lock, self.bodies, self.url = answer, threading.Lock(), [], f"http://127.0.0.1:{self.server_address[1]}/v1"
-        threading.Thread(target=self.serve_forever, kwargs=dict(poll_interval=0.05), daemon=True).start()
-
-    def handle_error(self, request, address):
-        pass                                                # a client that hangs up is what we test
-
-
-@pytest.fixture
-def serve():
-    made = []
-
-    def make(answer):
-        made.append(Server(answer))
-        return made[-1]
-    yield make
-    for server in made:
-        server.shutdown()
-        server.server_close()
-
-
 @pytest.fixture
 def go(tmp_path, monkeypatch, capsys):
     """run(server, *flags): main() in this process, in an empty folder with a small data set. -> metrics, journal's lines"""
@@ -200,7 +152,7 @@ def go(tmp_path, monkeypatch, capsys):
     some_episodes(tmp_path / "e.hdf5")
 
     def run(server, *flags):
-        flags = ["--dataset", "e.hdf5", "--llm", "test", "--api_base", server.url, "--price_in", 1, "--price_out", 2, "--no-video", *flags]
+        flags = ["--dataset", "e.hdf5", "--llm", "test", "--api_base", server.url + "/v1", "--price_in", 1, "--price_out", 2, "--no-video", *flags]
         monkeypatch.setattr(sys, "argv", ["rag_cheetah.py", *map(str, flags)])
         rag.main()
         row = json.loads((tmp_path / "out/results.jsonl").read_text().splitlines()[-1])
@@ -253,9 +205,7 @@ class Faulty:
                 h.wfile.flush()
             return
         if n == 1 and kind == "drop":
-            h.send(json.dumps(rest)[:20], length=1000)
-            h.close_connection = True
-            return
+            return h.send(json.dumps(rest)[:20], length=1000)
         if n == 1 and kind == "huge":
             return h.send(b" " * 3_000_000)
         if n == 1 and kind == "text":
@@ -281,10 +231,10 @@ def test_1000_steps_under_every_fault(serve, go):
     assert faulty.billed == len(replies) == len({x["key"] for x in replies}) == 1000 + m["repaired"]
     assert m["tokens_in"] == 1000 * len(replies) and abs(m["cost"] - len(replies) * (1000 + 80) / 1e6) < 1e-6
     for key in [k for k, n in faulty.tries.items() if n == 2 and faulty.kinds.get(k.split("-")[0]) == "429"]:   # Retry-After was obeyed
-        a, b = [t for t, h, _ in server.bodies if h["Idempotency-Key"] == key]
+        a, b = [t for t, h in zip(server.times, server.headers) if h["Idempotency-Key"] == key]
         assert b - a >= 0.3
-    assert all(h["Authorization"] == f"Bearer {KEY}" for _, h, _ in server.bodies)
-    assert all(b["temperature"] == 0 and b["model"] == "test" for _, _, b in server.bodies)
+    assert all(h["Authorization"] == f"Bearer {KEY}" for h in server.headers)
+    assert all(b["temperature"] == 0 and b["model"] == "test" for b in server.bodies)
 
 
 def test_a_stopped_run_goes_on_without_paying_twice(serve, go):
@@ -390,7 +340,7 @@ def test_a_run_that_is_killed_goes_on_in_a_new_process(serve, tmp_path):
     """kill -9 in the middle of an episode; the second process asks for the rest only, and ends at the same table."""
     server = serve(lambda h, body: h.reply(steady(body["messages"][1]["content"])))
     some_episodes(tmp_path / "e.hdf5")
-    cmd = [sys.executable, str(ROOT / "rag_cheetah.py"), "--dataset", "e.hdf5", "--llm", "test", "--api_base", server.url, "--price_in", "1", "--price_out", "2",
+    cmd = [sys.executable, str(ROOT / "rag_cheetah.py"), "--dataset", "e.hdf5", "--llm", "test", "--api_base", server.url + "/v1", "--price_in", "1", "--price_out", "2",
            "--no-video", "--episodes", "2", "--max_steps", "60"]
     env = dict(os.environ, OPENAI_API_KEY=KEY)
     p, end = subprocess.Popen(cmd, cwd=tmp_path, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL), time.time() + 60

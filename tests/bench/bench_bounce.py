@@ -6,7 +6,7 @@ training:   gradient steps per second against nn.TransformerDecoder of the same 
 generation: greedy tokens per second, ours with its cache against nn.TransformerDecoder without one, as it comes
 Each pair is measured in turns, five times; printed are medians and the spread of the ratio.
 """
-import pathlib, platform, sys, time
+import pathlib, platform, sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 import numpy as np
@@ -15,29 +15,10 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 import bounce as b
+from timing import in_turns, show
 
 QUOTES = sorted((" ".join(["word"] * n) for n in range(6, 16)), key=len)
 SIZES = dict(small=dict(height=[9, 12], width=[14, 22], bars=2.0), full=dict(height=[18, 26], width=[32, 86], bars=4.0))
-
-
-def in_turns(rounds, **jobs):
-    """Run the jobs in turns; each returns how much it did. -> {name: [amount per second, ...]}"""
-    speeds = {name: [] for name in jobs}
-    for _ in range(rounds):
-        for name, job in jobs.items():
-            began = time.perf_counter()
-            amount = job()
-            speeds[name].append(amount / (time.perf_counter() - began))
-    return speeds
-
-
-def show(title, unit, speeds, asked=""):
-    print(f"\n{title} ({unit})")
-    for name, x in speeds.items():
-        print(f"  {name:34s} {np.median(x):12.1f}")
-    ours, peer = speeds
-    r = np.array(speeds[ours]) / np.array(speeds[peer])
-    print(f"  {ours} / {peer}: {np.median(r):.2f}x ({r.min():.2f}-{r.max():.2f}){asked}")
 
 
 class Peer(nn.Module):
@@ -74,7 +55,7 @@ def physics():
                 fy, fx = (V or not H, H or not V) if X else (V and H, V and H)
                 y, x, dy, dx = y + dy * (not fy), x + dx * (not fx), -dy if fy else dy, -dx if fx else dx
         return 20 * 50
-    show("physics", "steps/s", in_turns(5, paths=ours, loop=loop), "; asked of paths: 100,000 steps/s on one core")
+    show("physics", "steps/s", in_turns(5, paths=ours, loop=loop), "paths", {"loop": "of paths: 100,000 steps/s on one core"})
 
 
 def training(size):
@@ -99,7 +80,7 @@ def training(size):
 
     theirs = lambda: F.cross_entropy(peer(ids[..., :-1], pos[..., :-1, :], *memory).flatten(0, 2).float(), ids[..., 1:].flatten(), ignore_index=b.PAD)
     show(f"training, {size} mazes, {sum(w.numel() for w in ours.parameters()):,} and {sum(w.numel() for w in peer.parameters()):,} parameters", "steps/s",
-         in_turns(5, ours=step(ours, lambda: b.loss_of(ours, g, "cpu")), TransformerDecoder=step(peer, theirs)))
+         in_turns(5, ours=step(ours, lambda: b.loss_of(ours, g, "cpu")), TransformerDecoder=step(peer, theirs)), "ours", dict(TransformerDecoder="none"))
 
 
 @torch.inference_mode()
@@ -119,7 +100,7 @@ def generation():
             for s in range(1, L):
                 peer(ids[..., :s], pos[..., :s, :], *memory)[..., -1, :].argmax(-1)
         return 16 * (L - 1)
-    show("generation, 16 full-size games", "tokens/s", in_turns(3, ours=cached, TransformerDecoder=plain))
+    show("generation, 16 full-size games", "tokens/s", in_turns(3, ours=cached, TransformerDecoder=plain), "ours", dict(TransformerDecoder="none"))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ training:   seconds per gradient step against transformers' DecisionTransformerM
 pictures:   frames per second of the numpy renderer, drawn and drawn-and-encoded
 Each pair is measured in turns, five times; printed are medians and the spread of the ratio.
 """
-import os, pathlib, platform, sys, tempfile, time
+import os, pathlib, platform, sys, tempfile
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 import numpy as np
@@ -13,28 +13,9 @@ import torch
 
 import common
 import dt_cheetah as dt
+from timing import in_turns, show
 
 LADDER = pathlib.Path(dt.__file__).parent / "data" / "cheetah_ladder.npz"
-
-
-def in_turns(rounds, **jobs):
-    """Run the jobs in turns; each returns how much it did. -> {name: [amount per second, ...]}"""
-    speeds = {name: [] for name in jobs}
-    for _ in range(rounds):
-        for name, job in jobs.items():
-            began = time.perf_counter()
-            amount = job()
-            speeds[name].append(amount / (time.perf_counter() - began))
-    return speeds
-
-
-def show(title, unit, speeds, ours, asked):
-    print(f"\n{title} ({unit})")
-    for name, x in speeds.items():
-        print(f"  {name:34s} {np.median(x):10.1f}")
-    for name, ask in asked.items():
-        r = np.array(speeds[ours]) / np.array(speeds[name])
-        print(f"  {ours} / {name}: {np.median(r):.2f}x ({r.min():.2f}-{r.max():.2f}); asked {ask}")
 
 
 def collection():

@@ -2,16 +2,15 @@
 
 SELFINSTRUCT_FULL=1 makes the kill test the full one: 2,000 requests, five kills.
 """
-import collections, http.server, json, os, pathlib, random, shutil, signal, subprocess, sys, threading, time, traceback, zlib
+import collections, json, os, pathlib, random, shutil, signal, subprocess, sys, threading, time, traceback, zlib
 from fractions import Fraction
 
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 import selfinstruct as si
+from conftest import ROOT, completion
 
 FULL = bool(os.environ.get("SELFINSTRUCT_FULL"))
 KEY = "opaque-4f9a2cThisMustNotBeSeen"
@@ -89,65 +88,7 @@ def lines(path):
 def one_sentence(code, err):
     return code == 2 and err.count("\n") == 1 and "Traceback" not in err
 
-# ---- the test server -------------------------------------------------------------------------------------------------------
-
-class Server(http.server.ThreadingHTTPServer):
-    """Answers through self.answer(handler, body); keeps every body and the time it came. On 127.0.0.1, for one test."""
-    daemon_threads, request_queue_size = True, 64
-
-    def __init__(self, answer):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.answer, self.lock, self.bodies, self.times, self.headers, self.paths = answer, threading.Lock(), [], [], [], []
-        self.url = f"http://127.0.0.1:{self.server_address[1]}"
-        threading.Thread(target=self.serve_forever, kwargs=dict(poll_interval=0.05), daemon=True).start()
-
-    def handle_error(self, request, address):
-        pass                                                # a client killed in mid-request is what we test
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        with self.server.lock:
-            self.server.bodies.append(body), self.server.times.append(time.monotonic()), self.server.headers.append(dict(self.headers))
-        self.server.answer(self, body)
-
-    def do_GET(self):
-        self.server.paths.append(self.path)
-        self.server.answer(self, None)
-
-    def send(self, raw, status=200, kind="application/json", length=None, **headers):
-        raw = raw if isinstance(raw, bytes) else raw.encode()
-        self.send_response(status)
-        for k, v in dict(headers, **{"Content-Type": kind, "Content-Length": str(length or len(raw))}).items():
-            self.send_header(k.replace("_", "-"), v)
-        self.end_headers()
-        self.wfile.write(raw)
-
-    def reply(self, text, tokens=(100, 50), finish="stop"):
-        self.send(completion(text, tokens, finish))
-
-    def log_message(self, *args):
-        pass
-
-
-def completion(text, tokens=(100, 50), finish="stop"):
-    return json.dumps(dict(choices=[dict(message=dict(content=text), finish_reason=finish)],
-                           usage=dict(prompt_tokens=tokens[0], completion_tokens=tokens[1])))
-
-
-@pytest.fixture
-def serve():
-    made = []
-
-    def make(answer):
-        made.append(Server(answer))
-        return made[-1]
-    yield make
-    for server in made:
-        server.shutdown()
-        server.server_close()
-
+# ---- a faulty teacher ----------------------------------------------------------------------------------------------------
 
 class Faulty:
     """A teacher with every fault. Every reply it bills has its own serial number; a repeated Idempotency-Key gets the same reply, unbilled
@@ -326,13 +267,12 @@ class Scripted:
 
     def ask(self, jobs, label):
         self.asked += jobs
-        answers = {}
-        for job in jobs:
-            if job["kind"] == "vet":
-                answers[job["key"]] = ("Fail." if "Napoleon" in job["a"] else "hm" if "maybe" in job["a"] else " pass", "stop")
-            elif "hopeless" not in job["q"]:
-                answers[job["key"]] = (f"Q: {job['q']}\nA: {job['a']}".replace("The guide says that ", ""), "stop")
-        return answers
+        return [(self.answer(job), "stop") for job in jobs]
+
+    def answer(self, job):
+        if job["kind"] == "vet":
+            return "Fail." if "Napoleon" in job["a"] else "hm" if "maybe" in job["a"] else " pass"
+        return "" if "hopeless" in job["q"] else f"Q: {job['q']}\nA: {job['a']}".replace("The guide says that ", "")
 
 
 def test_each_filter_drops_its_row_and_every_row_is_counted():
@@ -529,21 +469,21 @@ def test_max_cost_is_never_passed_even_by_requests_under_way(tmp_path, serve, on
     teacher, jobs = in_process(server, one_guide, tmp_path, max_cost=1.3, **more)
     most = max(teacher.bound(job)[0] for job in jobs)
     replies = teacher.ask(jobs, "pairs")
-    assert teacher.journal.spent <= 1.3 and teacher.journal.spent > 1.3 - 2 * most and teacher.unmade == len(jobs) - len(replies) > 0
-    assert len(server.bodies) == len(replies)
+    assert teacher.book.spent <= 1.3 and teacher.book.spent > 1.3 - 2 * most and teacher.unmade == replies.count(("", "")) > 0
+    assert len(server.bodies) == len(jobs) - teacher.unmade
     del teacher
     teacher, jobs = in_process(server, one_guide, tmp_path, max_cost=2.0, **more)
-    assert len(teacher.ask(jobs, "pairs")) > len(replies) and 1.3 < teacher.journal.spent <= 2.0
+    assert teacher.ask(jobs, "pairs").count(("", "")) < replies.count(("", "")) and 1.3 < teacher.book.spent <= 2.0
     asked = len(server.bodies)
     free, jobs = in_process(server, one_guide, tmp_path / "plan", max_cost=0, **more)
-    assert free.ask(jobs, "pairs") == {} and len(server.bodies) == asked
+    assert free.ask(jobs, "pairs") == [("", "")] * len(jobs) and len(server.bodies) == asked
 
 
 def test_retry_after_is_obeyed_and_a_dead_teacher_ends_in_a_sentence(tmp_path, serve, one_guide, capsys, monkeypatch):
     monkeypatch.setattr(si, "PAUSE", 0.05)
     server = serve(lambda h, body: h.send("{}", 429, Retry_After="0.6") if len(server.bodies) == 1 else h.reply("Q: a?\nA: b."))
     teacher, jobs = in_process(server, one_guide, tmp_path / "a", passes=1, parallel=1)
-    assert len(teacher.ask(jobs[:3], "pairs")) == 3 and server.times[1] - server.times[0] > 0.55
+    assert teacher.ask(jobs[:3], "pairs") == [("Q: a?\nA: b.", "stop")] * 3 and server.times[1] - server.times[0] > 0.55
     for status, kept in ((401, 1), (404, 3), (500, 3)):
         server = serve(lambda h, body: h.send('{"error": {"message": "bad %s"}}' % KEY, status))
         teacher, jobs = in_process(server, one_guide, tmp_path / str(status), key=KEY, parallel=1, retries=3)
@@ -559,23 +499,23 @@ def test_a_flood_is_left_and_may_have_been_billed(tmp_path, serve, one_guide, fl
     teacher, jobs = in_process(server, one_guide, tmp_path, timeout=60, retries=1)
     with pytest.raises(SystemExit):
         teacher.ask(jobs[:1], "pairs")
-    assert not teacher.journal.replies and teacher.journal.open == {0: teacher.bound(jobs[0])[0]}
+    assert not teacher.book.replies and teacher.book.open == {0: teacher.bound(jobs[0])[0]}
 
 
 def test_a_full_disk_ends_the_run_instead_of_hanging_it(tmp_path, serve, one_guide, monkeypatch):
     server = serve(lambda handler, body: (time.sleep(0.05), handler.reply("Q: a?\nA: b.")))
     teacher, jobs = in_process(server, one_guide, tmp_path, parallel=4)
-    write = teacher.journal.write
+    write = teacher.book.write
 
     def full(**line):
-        if len(teacher.journal.replies) == 5:
+        if len(teacher.book.replies) == 5:
             raise OSError(28, "No space left on device")
         write(**line)
-    monkeypatch.setattr(teacher.journal, "write", full)
+    monkeypatch.setattr(teacher.book, "write", full)
     begin = time.time()
     with pytest.raises(OSError):
         teacher.ask(jobs, "pairs")
-    assert time.time() - begin < 10 and len(teacher.journal.replies) == 5
+    assert time.time() - begin < 10 and len(teacher.book.replies) == 5
 
 
 def test_the_key_is_nowhere(tmp_path, serve, one_guide):
@@ -716,4 +656,4 @@ def test_the_house_rules():
     code = source.splitlines()
     assert max(map(len, code)) <= 140 and "/work" not in source
     flags = [line.split('"')[1] for line in code if line.strip().startswith("p.flag(")]
-    assert flags and not [f for f in flags if f"args.{f}" not in source + (ROOT / "common.py").read_text()]
+    assert flags and not [f for f in flags if f != "smoke" and f"args.{f}" not in source + (ROOT / "common.py").read_text()]

@@ -18,7 +18,7 @@ FRAMES = ["What is the best way to {} the {} when {} is {}?", "How should a play
 
 class Passes:
     def ask(self, jobs, label):
-        return {job["key"]: ("pass", "stop") for job in jobs}
+        return [("pass", "stop") for _ in jobs]
 
 
 def make_rows(count, seed=0):

@@ -25,7 +25,6 @@ from common import sorry
 
 PAD, BOS, EOS, UNK = range(4)
 OUT, DATA, SAVE_EVERY, LOOK_EVERY = pathlib.Path("out"), pathlib.Path(__file__).resolve().parent / "data", 20, 20
-
 # Llama 2's betas; its eps of 1e-5 is more than many a gradient here
 adamw = functools.partial(torch.optim.AdamW, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, fused=True)
 
@@ -34,9 +33,8 @@ adamw = functools.partial(torch.optim.AdamW, betas=(0.9, 0.95), eps=1e-8, weight
 def get_args(argv=None):
     p = common.Flags(__doc__)
     # what is wanted
-    p.flag("algo", "ppo", "how to improve the policy; rlhf: Llama 2's whole recipe", choices="ppo grpo dr_grpo rloo rejection rlhf".split())
-    p.flag("reward", "pattern", "what is rewarded; model: a reward model, learned from a judge's preferences (rlhf's only one)",
-           choices="pattern white_more white_less letters length model".split())
+    p.flag("algo", "ppo", "how to improve the policy; rlhf: Llama 2's recipe", choices="ppo grpo dr_grpo rloo rejection rlhf".split())
+    p.flag("reward", "pattern", "what earns; model: a learned judge", choices="pattern white_more white_less letters length model".split())
     p.flag("pattern", "b c", "the text whose occurrences --reward pattern counts")
     p.flag("letters", "xdj", "--reward letters: tokens made of nothing but these")
     p.flag("per_step", False, "PPO: reward each token with what it adds to the score, not the last one with all of it")
@@ -68,7 +66,6 @@ def get_args(argv=None):
     p.flag("kl", 0.002, "weight of the KL divergence to the frozen start: higher keeps the text nearer to what it was")
     p.flag("kl_in", "loss", "GRPO's way, steady before any reward is found, or Llama 2's, which keeps nearer", choices=["loss", "reward"])
     p.flag("entropy", 0.0, "weight of the entropy bonus")
-    p.flag("vf", 0.5, "weight of the critic's loss")
     p.flag("normalize", "advantages", "PPO: whiten advantages, the batch's rewards, or nothing", choices="advantages rewards none".split())
     p.flag("reward_scale", 1.0, "multiplies what the learner sees (not what is reported)")
     p.flag("temperature", 1.0, "of sampling, at the first round")
@@ -83,29 +80,17 @@ def get_args(argv=None):
     if "--smoke" in (sys.argv if argv is None else argv):       # its numbers are defaults: other flags still win over them
         p.set_defaults(steps=20, batch_size=16, n_embd=32, iterations=4, prompts=4, group=4, pairs=64, beam=2)
     args = p.parse_args(argv)
-    at_least_1 = "prompt_len max_new n_layer n_head n_embd n_predict steps batch_size iterations prompts epochs pairs beam"
-    for names, low, high in ((at_least_1, 1, 1e9), ("group", 2, 1e9), ("epsilon epsilon_end gamma lam", 0, 1), ("kl entropy vf", 0, 1e9),
-                             ("lr rl_lr clip temperature temperature_end reward_scale", 1e-9, 1e9)):
-        for name in names.split():
-            if not low <= getattr(args, name) <= high:
-                p.error(f"argument --{name}: must be between {low:g} and {high:g}")
+    ranges = {name: (0, 1) for name in ("epsilon", "epsilon_end", "gamma", "lam")} | {name: (0, 1e9) for name in ("kl", "entropy", "seed")}
+    for name, x in vars(args).items():              # all other counts are at least 1, all other numbers more than 0
+        low, high = ranges.get(name, (2 if name == "group" else 1 if type(x) is int else 1e-9, 1e9))
+        if type(x) in (int, float) and not low <= x <= high:
+            p.error(f"argument --{name}: must be between {low:g} and {high:g}")
     if args.n_embd % (2 * args.n_head):
         p.error(f"argument --n_head: {args.n_head} heads do not share {args.n_embd} dimensions evenly, in pairs")
     args.device = common.pick_device()
     return args
 
 # ---- data: quotes, letter patterns, and a trie that turns them into tokens ---------------------------------------------------
-
-def read_lines(path):
-    """The lines of a UTF-8 text that are not empty; what is no such text gets a sentence."""
-    try:
-        lines = [line.strip() for line in pathlib.Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
-    except UnicodeDecodeError:
-        lines = []
-    if len(lines) < 20 or "\0" in "".join(lines):
-        sorry(f"{path} is not a UTF-8 text of 20 lines or more")
-    return lines
-
 
 class Tokenizer:
     """All characters of the lines, then their most frequent words, up to vocab_size; longest match first. A character that
@@ -141,9 +126,12 @@ class Tokenizer:
 
 class Corpus:
     """The files' lines as lists of ids, BOS ... EOS; every twentieth is held out. quotes: those of the first file, for rlhf.
-    Reinforcement learning only makes more frequent what happens at all, so the second file has letter patterns ("b c d", "xdxd")."""
+    Reinforcement learning only makes more frequent what happens at all, so the second file has letter patterns ("b c"; tests/ make it)."""
     def __init__(self, args):
-        files = [read_lines(path) for path in args.corpus]
+        with common.reading(f"--corpus {' '.join(args.corpus)}"):
+            files = [[line.strip() for line in pathlib.Path(path).read_text("utf-8").splitlines() if line.strip()] for path in args.corpus]
+            if min(map(len, files)) < 20 or any("\0" in line for line in sum(files, [])):
+                raise ValueError("each file must be a text of 20 lines or more")
         self.tok, self.words = Tokenizer(sum(files, []), args.vocab_size), set(re.findall(r"[^\W\d_]+", " ".join(files[0])))
         files = [[[BOS, *self.tok.encode(line), EOS] for line in lines] for lines in files]
         self.train, self.held = ([line for lines in files for i, line in enumerate(lines) if (i % 20 == 0) == out] for out in (False, True))
@@ -151,22 +139,18 @@ class Corpus:
 
 
 def pad(rows, width, side):
-    """Lists of ids -> (B, width), PAD on the left (completions then begin in one column) or right; the pads per row (B,)."""
-    fill = [[PAD] * (width - len(r)) for r in rows]
-    return torch.tensor([f + r if side == "left" else r + f for f, r in zip(fill, rows)]), torch.tensor([len(f) for f in fill])
+    """Lists of ids -> (B, width), with PAD on the left, so that completions begin in one column, or on the right."""
+    return torch.tensor([[PAD] * (width - len(r)) + r if side == "left" else r + [PAD] * (width - len(r)) for r in rows])
 
 
 def draw_prompts(lines, n, copies, args, rng, tails=False):
     """n beginnings of lines, 1 to prompt_len tokens, each `copies` times side by side -> ids (n copies, P), pads on the left
     (n copies,), the rest of each line. tails: cut so near the end that the rest fits max_new, the prompt being what comes before."""
-    P, prompts, rests = args.prompt_len, [], []
-    for line in (lines[i] for i in rng.integers(0, len(lines), n)):
-        first, end = (max(1, len(line) - args.max_new), len(line) - 1) if tails else (1, min(P, len(line) - 1) + 1)
-        cut = int(rng.integers(first, end))
-        prompts.append(line[max(0, cut - P):cut])
-        rests.append(line[cut:])
-    ids, left = pad(prompts, P, "left")
-    return ids.to(args.device).repeat_interleave(copies, 0), left.to(args.device).repeat_interleave(copies), rests
+    P, picked = args.prompt_len, [lines[i] for i in rng.integers(0, len(lines), n)]
+    between = lambda T: (max(1, T - args.max_new), T - 1) if tails else (1, min(P, T - 1) + 1)
+    cuts = [(line, rng.integers(*between(len(line)))) for line in picked]
+    ids = pad([line[max(0, c - P):c] for line, c in cuts], P, "left").to(args.device).repeat_interleave(copies, 0)
+    return ids, (ids == PAD).sum(1), [line[c:] for line, c in cuts]
 
 # ---- model -------------------------------------------------------------------------------------------------------------------
 
@@ -242,23 +226,16 @@ class Rule:
     divided by the best that any completion can earn, found exactly by dynamic programming: so they end in [0, 1]."""
     def __init__(self, args, tok):
         V, R, name = len(tok.tokens), args.max_new, args.reward
-        S = dict(pattern=len(args.pattern), length=R + 1).get(name, 1)
+        S = dict(pattern=max(1, len(args.pattern)), length=R + 1).get(name, 1)
         self.gain, self.then = torch.zeros(S, V), torch.zeros(S, V, dtype=torch.long)
-        for s, (v, token) in ((s, pair) for s in range(S) for pair in enumerate(tok.tokens)):
+        for s, (v, text) in ((s, pair) for s in range(S) for pair in enumerate(tok.tokens)):
             if name == "pattern":                   # the state: how many characters of the pattern have been read
-                text = args.pattern[:s]
-                for ch in token:
-                    text += ch
-                    if text == args.pattern:        # found: begin anew, as str.count does
-                        self.gain[s, v], text = self.gain[s, v] + 1, ""
-                    while not args.pattern.startswith(text):
-                        text = text[1:]
-                self.then[s, v] = len(text)
+                *found, rest = (args.pattern[:s] + text).split(args.pattern or "\0")       # begin anew after each, as str.count does
+                self.gain[s, v], self.then[s, v] = len(found), max(n for n in range(S) if rest.endswith(args.pattern[:n]))
             elif name == "length":                  # end after R // 2 tokens: all of it comes with EOS
                 self.gain[s, v], self.then[s, v] = (v == EOS) * (1 - abs(s - R // 2) / (R - R // 2)), min(s + 1, R)
-            elif token and v != UNK:
-                white = token.isspace()
-                self.gain[s, v] = dict(white_more=white, white_less=not white, letters=set(token) <= set(args.letters))[name]
+            elif text and v != UNK:
+                self.gain[s, v] = dict(white_more=text.isspace(), white_less=not text.isspace(), letters={*text} <= {*args.letters})[name]
         best = torch.zeros(S)
         for _ in range(R):                          # of what can still be earned; PAD, BOS and UNK are never drawn
             go = self.gain + best[self.then] * (torch.arange(V) != EOS)
@@ -276,15 +253,14 @@ class Rule:
         return (torch.stack(gains, 1).to(mask.device) * mask).cumsum(1) / self.maximum
 
 
-@torch.no_grad()
 def learned(model, mean, ids, left, mask):
     """A reward model's score r as a reward: sigmoid(r - mean), mean being the start's, is the probability (in the model's own
     terms, Bradley and Terry's) that a completion beats one of the start."""
     return torch.sigmoid(model.value(model(ids, left))[:, -mask.size(1):] - mean)
 
 # ---- the idea: a text is a trajectory, a token an action ----------------------------------------------------------------------
-# tensors are (B, R): R columns of completion, the same for all rows because prompts are padded on the left. mask is 1 up to and
-# including EOS, and 0 after it. If what is sampled and what is replayed agree, the rest is a few short formulas
+# tensors are (B, R): R columns of completion, the same for all rows because prompts are padded on the left. mask is 1 up to EOS and for
+# it, and 0 after it. If what is sampled and what is replayed agree, the rest is a few short formulas
 
 def policy_logp(logits, temperature=1.0, epsilon=0.0):
     """logits (..., V) -> log-probabilities of the policy that acts: softmax at a temperature, mixed with a share epsilon of
@@ -306,14 +282,13 @@ def completion_mask(tokens):
 def rollout(model, prompts, left, R, temperature=1.0, epsilon=0.0):
     """Sample a completion of each prompt (B, P), keys and values cached. -> ids (B, P + R), PAD after EOS; the log-probability
     of each token as it was drawn (B, R); mask (B, R)."""
-    N, cache, new, tokens, logps = model.n_predict, [{} for _ in model.blocks], prompts, [], []
+    N, cache, new, drawn = model.n_predict, [{} for _ in model.blocks], prompts, []
     for _ in range(0, R, N):
         logp = policy_logp(model.predict(model(new, left, cache)[:, -1:])[:, 0], temperature, epsilon)     # (B, N, V)
         up_to = logp.exp().cumsum(2)                # draw by inverting the distribution: much faster here than torch.multinomial
         new = (up_to < torch.rand_like(up_to[:, :, :1]) * up_to[:, :, -1:]).sum(2)                          # (B, N)
-        tokens.append(new)
-        logps.append(logp.gather(2, new[:, :, None])[:, :, 0])
-    tokens, logps = torch.cat(tokens, 1)[:, :R], torch.cat(logps, 1)[:, :R]
+        drawn.append((new, logp.gather(2, new[:, :, None])[:, :, 0]))
+    tokens, logps = (torch.cat(x, 1)[:, :R] for x in zip(*drawn))
     mask = completion_mask(tokens)
     return torch.cat([prompts, tokens.masked_fill(~mask, PAD)], 1), logps, mask
 
@@ -331,7 +306,6 @@ def final(x, mask):
     """x (B, R) at each row's last real token -> (B,)"""
     return x.gather(1, mask.sum(1, keepdim=True) - 1)[:, 0]
 
-
 def gae(rewards, values, mask, gamma, lam):
     """Generalised advantage estimation (arXiv 1506.02438 eq. 16): A_t = sum_l (gamma lam)^l delta_t+l with delta_t = r_t +
     gamma V_t+1 - V_t, and V = 0 after the end, which is terminal. -> advantages, returns A + V."""
@@ -340,7 +314,6 @@ def gae(rewards, values, mask, gamma, lam):
         last = (rewards[:, t] + gamma * after - values[:, t] + gamma * lam * last) * mask[:, t]
         adv[:, t], after = last, values[:, t] * mask[:, t]
     return adv, (adv + values) * mask
-
 
 def group_advantages(scores, G, algo):
     """scores (B,), the G completions of a prompt side by side -> (B,), compared within each group and never over the array.
@@ -351,30 +324,24 @@ def group_advantages(scores, G, algo):
         centred = centred / (r.std(1, keepdim=True) + 1e-4)         # a group without spread teaches nothing: 0, not 0 / 0
     return (centred * G / (G - 1) if algo == "rloo" else centred).flatten()
 
-
 def whiten(x, mask):
     """Mean 0 and spread 1 over what mask says is there."""
-    n = mask.sum()
-    mean = (x * mask).sum() / n
-    return (x - mean) / (((x - mean)**2 * mask).sum() / n + 1e-8).sqrt() * mask
-
+    mean = average(x, mask, "ppo")
+    return (x - mean) / (average((x - mean)**2, mask, "ppo") + 1e-8).sqrt() * mask
 
 def policy_loss(logp, old, adv, clip):
     """PPO's clipped surrogate (1707.06347 eq. 7), per token, to be minimised."""
     ratio = (logp - old).exp()
     return -torch.minimum(ratio * adv, ratio.clamp(1 - clip, 1 + clip) * adv)
 
-
 def value_loss(value, old, returns, clip):
     """Squared error, the worse of the value's and of the value's kept within clip of its old self (OpenAI's PPO2)."""
     return 0.5 * torch.maximum((value - returns)**2, (old + (value - old).clamp(-clip, clip) - returns)**2)
-
 
 def kl_k3(logp, ref):
     """Schulman's k3: r - 1 - log r with r = ref / p, for tokens drawn from p: never negative, and right on average for
     KL(p || ref). As a loss its gradient is that of KL(ref || p): it pulls the same way, a little more evenly."""
     return (ref - logp).exp() - 1 - (ref - logp)
-
 
 def average(x, mask, algo):
     """Per token -> one number. ppo: mean over all tokens; grpo: each completion's mean first (long ones count no more than
@@ -382,7 +349,6 @@ def average(x, mask, algo):
     if algo == "grpo":
         return ((x * mask).sum(1) / mask.sum(1)).mean()
     return (x * mask).sum() / (mask.numel() if algo in ("dr_grpo", "rloo") else mask.sum())
-
 
 def ranking_loss(chosen, rejected, margin):
     """Llama 2 eq. 2: -log sigmoid(r_chosen - r_rejected - margin), the margin growing with how clear the preference was."""
@@ -402,9 +368,9 @@ def descend(loss, optimizer, where):
 
 def next_token_loss(model, rows, device):
     """Lists of ids -> cross-entropy of each token's successors, all N of them."""
-    ids, left = (x.to(device) for x in pad(rows, max(map(len, rows)) + model.n_predict - 1, "right"))
+    ids = pad(rows, max(map(len, rows)) + model.n_predict - 1, "right").to(device)
     targets = ids[:, 1:].unfold(1, model.n_predict, 1)                                      # (B, T, N)
-    logits = model.predict(model(ids[:, :targets.size(1)], torch.zeros_like(left)))         # (B, T, N, V)
+    logits = model.predict(model(ids[:, :targets.size(1)], torch.zeros_like(ids[:, 0])))    # (B, T, N, V)
     return F.cross_entropy(logits.flatten(0, 2), targets.flatten(), ignore_index=PAD)
 
 
@@ -416,35 +382,31 @@ def pretrain(corpus, args, file):
     model = Transformer(len(corpus.tok.tokens), T, args).to(args.device)
     optimizer = adamw(model.parameters(), lr=args.lr)
     state = dict(dict(step=0, seconds=0.0), **common.resume(file, model=model, optimizer=optimizer))
-    began, bar = time.time() - state["seconds"], tqdm(total=args.steps, initial=state["step"], desc="pretraining", disable=None)
-    for step in range(state["step"], args.steps):
+    began = time.time() - state["seconds"]
+    for step in tqdm(range(state["step"], args.steps), "pretraining", args.steps, initial=state["step"], disable=None):
         optimizer.param_groups[0]["lr"] = args.lr * min((step + 1) / 50, 0.55 + 0.45 * math.cos(math.pi * step / args.steps))
         pick = np.random.default_rng((args.seed, 0, step)).integers(0, len(train), args.batch_size)
         descend(next_token_loss(model, [train[i] for i in pick], args.device), optimizer, f"step {step} of pretraining")
-        bar.update()
         if (step + 1) % 100 == 0 or step + 1 == args.steps:
             state = dict(step=step + 1, seconds=time.time() - began)
             common.save_checkpoint(file, dict(state, model=model.state_dict(), optimizer=optimizer.state_dict()))
-    bar.close()
     with torch.no_grad():
         loss = next_token_loss(model, held, args.device).item()
-    n = sum(p.numel() for p in model.parameters())
-    print(f"pretrained: {n:,} parameters, {args.steps} steps, {state['seconds']:.0f} s, held-out loss {loss:.3f} nats per token")
+    size = sum(p.numel() for p in model.parameters())
+    print(f"pretrained: {size:,} parameters, {args.steps} steps, {state['seconds']:.0f} s, held-out loss {loss:.3f} nats per token")
     return model, loss
 
 
 def improve(name, algo, policy, start, reward, lines, args, file, tails=False, pool=None):
-    """Sample completions, score them, move the policy; args.iterations times, going on from file if it is there. -> its state:
-    curve, a list of (round, reward, KL, distinct, worst |ratio - 1| before the first inner step, beam's reward or nan), seconds,
-    and the pool of rejection sampling, {ids: (score, pads on the left)}."""
+    """Sample completions, score them, move the policy, round by round, from file on if it is there. -> seconds, rejection sampling's pool
+    {ids: score}, and curve, [(round, reward, KL, distinct, worst |ratio - 1| before the first inner step, beam's reward or nan)]."""
     R, G, B = args.max_new, args.group, args.prompts * args.group
     critic = policy if args.value == "shared" else copy.deepcopy(start).requires_grad_(True)
     optimizer = adamw([*policy.parameters(), *(critic.parameters() if critic is not policy else ())], lr=args.rl_lr)
     parts = dict(policy=policy, critic=critic, optimizer=optimizer)
     state = dict(dict(step=0, curve=[], pool=pool or {}, seconds=0.0), **common.resume(file, **parts))
-    curve, pool = state["curve"], state["pool"]
-    began, bar = time.time() - state["seconds"], tqdm(total=args.iterations, initial=state["step"], desc=name, disable=None)
-    for step in range(state["step"], args.iterations):
+    curve, pool, began = state["curve"], state["pool"], time.time() - state["seconds"]
+    for step in (bar := tqdm(range(state["step"], args.iterations), name, args.iterations, initial=state["step"], disable=None)):
         # prompts and samples depend on (seed, round) alone: a resumed run sees what an unbroken one would have seen
         torch.manual_seed(1_000_003 * args.seed + step)
         rng, done, error = np.random.default_rng((args.seed, 1, step)), step / max(1, args.iterations - 1), 0.0
@@ -452,30 +414,25 @@ def improve(name, algo, policy, start, reward, lines, args, file, tails=False, p
         prompts, left, _ = draw_prompts(lines, args.prompts, G, args, rng, tails)
         ids, old, mask = rollout(policy, prompts, left, R, *heat)
         prefix = reward(ids, left, mask)                            # (B, R)
-        score = final(prefix, mask)                                 # (B,)
-        with torch.no_grad():
-            ref = replay(start, ids, left, R)[0]
+        score, ref = final(prefix, mask), replay(start, ids, left, R)[0]        # (B,), (B, R)
         # in the reward, log p/ref is KL's right gradient: the best policy is start x exp(score / kl), normalised. in the loss it is k3
         cost = args.kl * (old - ref) * mask * (args.kl_in == "reward")
         if algo == "rejection":                                     # the best 64 winners of all rounds; of equals the newest
-            pool.update({tuple(ids[i].tolist()): (score[i].item(), left[i].item())
-                         for i in score.view(-1, G).argmax(1) + torch.arange(0, B, G, device=args.device)})
-            pool = dict(sorted(pool.items(), key=lambda x: x[1][0])[-64:])
-        for epoch in range(args.epochs):
-            if algo == "rejection":
-                winners = [list(pool)[-1 - i] for i in (len(pool) * rng.random(B)**2).astype(int)]      # the better, the oftener
-                won, won_left = (torch.tensor(x, device=args.device) for x in (winners, [pool[w][1] for w in winners]))
-                loss = average(-replay(policy, won, won_left, R)[0], completion_mask(won[:, -R:]), algo)
+            won = score.view(-1, G).argmax(1) + torch.arange(0, B, G, device=args.device)
+            pool.update(zip(map(tuple, ids[won].tolist()), score[won].tolist()))
+            pool = dict(sorted(pool.items(), key=lambda x: x[1])[-64:])
+            for _ in range(args.epochs):                            # the better, the oftener
+                won = torch.tensor([list(pool)[-1 - i] for i in (len(pool) * rng.random(B)**2).astype(int)], device=args.device)
+                loss = average(-replay(policy, won, (won[:, :-R] == PAD).sum(1), R)[0], completion_mask(won[:, -R:]), algo)
                 descend(loss, optimizer, f"round {step} of {name}")
-                continue
+        for epoch in range(args.epochs if algo != "rejection" else 0):
             logp, every, value = replay(policy, ids, left, R, *heat)
             value = value if critic is policy or algo != "ppo" else replay(critic, ids, left, R)[2]
             if epoch == 0:                                          # nothing has moved yet: a ratio that is not 1 here is a bug
                 error = ((logp - old).exp() - 1).abs()[mask].max().item()
                 if algo == "ppo":
                     old_value = value.detach()                      # earned: by each token what it adds, or all by the last one
-                    earned = torch.diff(prefix, dim=1, prepend=0 * prefix[:, :1]) * mask if args.per_step else \
-                        torch.zeros_like(prefix).scatter(1, mask.sum(1, keepdim=True) - 1, score[:, None])
+                    earned = (prefix - F.pad(prefix, (1, -1))) * mask if args.per_step else F.one_hot(mask.sum(1) - 1, R) * score[:, None]
                     earned = args.reward_scale * (whiten(earned, mask) if args.normalize == "rewards" else earned)
                     adv, returns = gae(earned - cost, old_value, mask, args.gamma, args.lam)
                     adv = whiten(adv, mask) if args.normalize == "advantages" else adv
@@ -485,17 +442,15 @@ def improve(name, algo, policy, start, reward, lines, args, file, tails=False, p
             if args.entropy:
                 loss = loss + args.entropy * average((every.exp() * every).sum(2), mask, algo)
             if algo == "ppo":
-                loss = loss + args.vf * average(value_loss(value, old_value, returns, args.clip), mask, algo)
+                loss = loss + 0.5 * average(value_loss(value, old_value, returns, args.clip), mask, algo)       # PPO2's weight
             descend(loss, optimizer, f"round {step} of {name}")
         look, kl = step % LOOK_EVERY == 0 or step + 1 == args.iterations, (kl_k3(old, ref) * mask).sum(1).mean().item()
         curve.append((step, score.mean().item(), kl, len(set(map(tuple, ids[:, -R:].tolist()))) / B, error,
                       evaluate(policy, start, reward, lines, args, tails)[0]["beam"] if look else math.nan))
-        bar.update()
         bar.set_postfix(reward=f"{curve[-1][1]:.3f}", kl=f"{curve[-1][2]:.1f}")
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == args.iterations:
             state = dict(step=step + 1, curve=curve, pool=pool, seconds=time.time() - began)
             common.save_checkpoint(file, dict(state, **{k: v.state_dict() for k, v in parts.items()}))
-    bar.close()
     return state
 
 # ---- evaluation ----------------------------------------------------------------------------------------------------------------
@@ -503,17 +458,12 @@ def improve(name, algo, policy, start, reward, lines, args, file, tails=False, p
 @torch.no_grad()
 def beam(policy, prompt, left, R, width):
     """The completion of prompt (P,) that common.beam_search finds, by the sum of its log-probabilities. -> ids (P + R,)"""
-    P, N = len(prompt), policy.n_predict
-
-    def step(ids, parent):                          # from the whole prefix each time: short enough to go without a cache
-        n = ids.size(1) - P
-        x = policy(ids.to(left.device), left.expand(len(ids)))[:, P - 1 + n // N * N, None]
-        return policy_logp(policy.predict(x)[:, 0, n % N])
-    ids, _ = common.beam_search(step, prompt.tolist(), width, R, eos=[EOS], length_penalty=0.0)
-    return torch.tensor(ids + [PAD] * (P + R - len(ids)), device=left.device)
+    fill = lambda ids: F.pad(ids, (0, len(prompt) + R - ids.size(-1)), value=PAD).to(left.device)
+    # from the whole prefix each time, and what is not drawn yet as pads: short enough to go without a cache
+    step = lambda ids, parent: replay(policy, fill(ids), left.expand(len(ids)), R)[1][:, ids.size(1) - len(prompt)]
+    return fill(torch.tensor(common.beam_search(step, prompt.tolist(), width, R, eos=[EOS], length_penalty=0.0)[0]))
 
 
-@torch.no_grad()
 def evaluate(policy, start, reward, lines, args, tails=False):
     """8 samples for each of 32 fixed prompts, temperature 1, no noise; beam search for the first 4. -> metrics, ids (256, P + R)"""
     torch.manual_seed(args.seed)
@@ -528,11 +478,9 @@ def evaluate(policy, start, reward, lines, args, tails=False):
 
 def figure(path, panels, xlabel):
     """panels: (ylabel, {name: (xs, ys)}) each -> a PNG, the panels side by side."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    fig, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3.2), dpi=110, layout="constrained")
-    for ax, (ylabel, lines) in zip(axes, panels):
+    from matplotlib.figure import Figure            # not pyplot, which looks for a display
+    fig = Figure(figsize=(4 * len(panels), 3.2), dpi=110, layout="constrained")
+    for ax, (ylabel, lines) in zip(fig.subplots(1, len(panels)), panels):
         for name, (xs, ys) in lines.items():
             ax.plot(xs, ys, ".-" if len(xs) < 50 else "-", label=name)
         ax.set(xlabel=xlabel, ylabel=ylabel), ax.legend(frameon=False)
@@ -547,7 +495,6 @@ def judge(tokens, corpus):
     return (EOS in tokens) * min(1.0, len(set(corpus.tok.decode(tokens).split()) & corpus.words) / 8)
 
 
-@torch.no_grad()
 def ask_judge(policy, corpus, n, args, rng):
     """Two completions for each of n prompts -> ids (n, 2, P + R), the better first; left (n, 2); margin (n,): Llama 2's four
     strengths of preference as margins 1, 2/3, 1/3, 0 (table 27). Ties are not asked about, so fewer than n come back."""
@@ -578,36 +525,33 @@ def learn_reward(policy, start, corpus, pairs, args, v):
         ids, left, margin = (x[order[at:at + 32]] for x in pairs)
         descend(ranking_loss(*rate(model, ids, left, R).unbind(1), margin).mean(), optimizer, f"pair {at} of the reward model")
     prompts, left, _ = draw_prompts(corpus.quotes, 256, 1, args, rng, tails=True)
-    with torch.no_grad():
-        right = torch.diff(rate(model, *held[:2], R))[:, 0] < 0
-        mean = rate(model, rollout(start, prompts, left, R)[0], left, R).mean()
-    return functools.partial(learned, model, mean), pairs, [right[(held[2] * 3).round() == m].float().mean().item() for m in (3, 2, 1, 0)]
+    mean = rate(model.requires_grad_(False), rollout(start, prompts, left, R)[0], left, R).mean()
+    right, strength = torch.diff(rate(model, *held[:2], R))[:, 0] < 0, (held[2] * 3).round()
+    return functools.partial(learned, model, mean), pairs, {f"right_{m}": right[strength == m].float().mean().item() for m in (3, 2, 1, 0)}
 
 
 def rlhf(policy, corpus, args, file):
-    """SFT, then RLHF-V1 ... V5: each version asks the judge about the newest policy, trains a reward model on all pairs so far and
-    improves the policy by rejection sampling (V1-V4) or PPO (V5). -> {version: (metrics, samples)}; right_3 ... right_0 are the
-    reward model's accuracies, the clearest preferences first."""
+    """SFT, then V1 ... V5: each asks the judge about the newest policy, trains a reward model on all pairs so far and improves the
+    policy by rejection sampling or, V5, PPO. -> {version: (metrics, samples)}; right_3 ... right_0: the reward model's accuracies."""
     R, rng = args.max_new, np.random.default_rng((args.seed, 2))
     optimizer, order = adamw(policy.parameters(), lr=args.lr / 10), np.concatenate([rng.permutation(len(corpus.quotes)) for _ in range(2)])
     for at in range(0, len(order), 32):             # SFT: two epochs, the loss on the answer alone
         prompts, left, rests = draw_prompts([corpus.quotes[i] for i in order[at:at + 32]], 32, 1, args, rng, tails=True)
-        ids = torch.cat([prompts, pad(rests, R, "right")[0].to(args.device)], 1)
+        ids = torch.cat([prompts, pad(rests, R, "right").to(args.device)], 1)
         descend(average(-replay(policy, ids, left, R)[0], completion_mask(ids[:, -R:]), "ppo"), optimizer, f"line {at} of SFT")
     start, pool, pairs, versions = copy.deepcopy(policy).requires_grad_(False), {}, None, {}
     args.iterations = math.ceil(args.iterations / 5)
     for v in range(6):
         reward, pairs, accuracy = learn_reward(policy, start, corpus, pairs, args, v)
+        job = policy, start, reward, corpus.quotes, args
         if v:
-            name, algo, won = f"RLHF-V{v}", "rejection" if v < 5 else "ppo", torch.tensor(list(pool), device=args.device)
             if pool:                                # the winners of earlier versions, as the newest reward model sees them
-                left = torch.tensor([p[1] for p in pool.values()], device=args.device)
-                pool = dict(zip(pool, zip(final(reward(won, left, m := completion_mask(won[:, -R:])), m).tolist(), left.tolist())))
-            pool = improve(name, algo, policy, start, reward, corpus.quotes, args, file(f"v{v}"), True, pool)["pool"]
-        metrics, ids = evaluate(policy, start, reward, corpus.quotes, args, tails=True)
-        metrics["judge"] = np.mean([judge(row[-R:], corpus) for row in ids.tolist()])
-        metrics.update(zip(("right_3", "right_2", "right_1", "right_0"), accuracy))
-        versions[f"V{v}" if v else "SFT"] = metrics, ids
+                won = torch.tensor(list(pool), device=args.device)
+                pool = dict(zip(pool, final(reward(won, (won[:, :-R] == PAD).sum(1), m := completion_mask(won[:, -R:])), m).tolist()))
+            pool = improve(f"RLHF-V{v}", "rejection" if v < 5 else "ppo", *job, file(f"v{v}"), True, pool)["pool"]
+        metrics, ids = evaluate(*job, tails=True)
+        judged = np.mean([judge(row[-R:], corpus) for row in ids.tolist()])
+        versions[f"V{v}" if v else "SFT"] = dict(metrics, judge=judged, **accuracy), ids
     return versions
 
 # ---- main ----------------------------------------------------------------------------------------------------------------------
@@ -617,9 +561,8 @@ def main():
     corpus = Corpus(args)
     tok, P = corpus.tok, args.prompt_len
     print(f"device {args.device}, {torch.get_num_threads()} threads, float32")
-    print(f"{len(corpus.train)} lines, {sum(map(len, corpus.train)):,} tokens of {len(tok.tokens)}, such as "
-          + "|".join(tok.tokens[i] for i in corpus.quotes[0][1:-1]))
-
+    example = "|".join(tok.tokens[i] for i in corpus.quotes[0][1:-1])
+    print(f"{len(corpus.train)} lines, {sum(map(len, corpus.train)):,} tokens of {len(tok.tokens)}, such as {example}")
     def file(what, keys=tuple(vars(args))):         # named after all that shaped it: the same flags find it again
         flags = json.dumps({k: getattr(args, k) for k in keys if k not in ("corpus", "smoke")}).encode()
         texts = b"".join(pathlib.Path(c).read_bytes() for c in args.corpus)
@@ -632,15 +575,14 @@ def main():
         lines = lambda *keys: {k: (list(versions), [m[k] for m, _ in versions.values()]) for k in keys}
         panels = [("reward", lines("reward", "judge", "beam")), ("nats", lines("kl")), ("share of samples", lines("distinct"))]
     else:
-        tails = args.reward == "model"
-        lines = corpus.quotes if tails else corpus.train
+        lines, tails = (corpus.quotes, True) if args.reward == "model" else (corpus.train, False)
         reward = learn_reward(policy, start, corpus, None, args, 0)[0] if tails else Rule(args, tok)
         versions = {"start": evaluate(policy, start, reward, lines, args, tails)}
         state = improve(args.algo, args.algo, policy, start, reward, lines, args, file(args.algo), tails)
         versions[args.algo] = evaluate(policy, start, reward, lines, args, tails)
         n, score, kl, _, error, beams = zip(*state["curve"])
-        seen = [i for i in n if not math.isnan(beams[i])]
-        panels = [("reward", {"sampled": (n, score), "beam search": (seen, [beams[i] for i in seen])}), ("nats", {"KL": (n, kl)})]
+        seen = list(zip(*((i, b) for i, b in zip(n, beams) if not math.isnan(b))))
+        panels = [("reward", {"sampled": (n, score), "beam search": seen}), ("nats", {"KL": (n, kl)})]
         metrics.update(ratio_error=max(error), rl_seconds=round(state["seconds"], 1))
     (before, old), *_, (after, new) = versions.values()
     found = beam(policy, new[0, :P], (new[0, :P] == PAD).sum(), args.max_new, args.beam)

@@ -1,8 +1,8 @@
 """Completions per second of ppo_char.py's reinforcement learning against TRL's on the CPU: python tests/bench/bench_ppo.py
 
 The same on both sides: a GPT-2 of 2 layers, width 64 and 256 tokens with random weights, 16 prompts x 8 completions of up to 24 tokens
-per round, one batch, 2 gradient steps per round, a KL term, the same reward (a program), the same machine and threads. Counted: a whole
-round (sampling, reward, reference, updates), in turns, three times; the first rounds of each turn are left out. TRL's trainers want text:
+per round, one batch, 2 gradient steps per round, a KL term, the same reward (a program), the same machine and threads. Counted: the CPU
+seconds of a whole round (sampling, reward, reference, updates), in turns, three times; the first round of each turn is left out. TRL's trainers want text:
 its prompts are the same ids, written as words of a word-level tokenizer. Wants trl==1.16.0 and datasets (TRL has no PPO any more since
 1.0: its GRPO and RLOO are measured; ours has PPO too, which is shown beside them).
 """
@@ -18,22 +18,22 @@ ROUNDS, TURNS = 8, 3
 
 
 def ours(algo, args, corpus):
-    """-> seconds of each round"""
+    """-> CPU seconds of each round"""
     torch.manual_seed(0)
     policy = pc.Transformer(len(corpus.tok.tokens), 32, args)
     start, rule, times = copy.deepcopy(policy).requires_grad_(False), pc.Rule(args, corpus.tok), []
 
     def reward(ids, left, mask):
-        times.append(time.perf_counter())
+        times.append(time.process_time())
         return rule(ids, left, mask)
-    pc.SAVE_EVERY, pc.LOOK_EVERY, args.iterations = 10**9, 10**9, ROUNDS + 2
+    pc.SAVE_EVERY, pc.evaluate, args.iterations = 10**9, lambda *job: ({"beam": 0.0}, None), ROUNDS + 2     # TRL is not evaluated either
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
         pc.improve(algo, algo, policy, start, reward, corpus.train, args, pathlib.Path(folder) / "x.pt")
-    return np.diff(times[1:ROUNDS + 2])             # from reward to reward; round 0 has a look in it and the last one too
+    return np.diff(times[1:ROUNDS + 2])             # from reward to reward
 
 
 def theirs(algo, args, corpus):
-    """TRL's GRPOTrainer or RLOOTrainer -> seconds of each round"""
+    """TRL's GRPOTrainer or RLOOTrainer -> CPU seconds of each round"""
     import trl, transformers
     from datasets import Dataset
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -51,8 +51,8 @@ def theirs(algo, args, corpus):
     rule, times = pc.Rule(args, corpus.tok), []
 
     def reward(completion_ids, **kw):
-        times.append(time.perf_counter())
-        rows, _ = pc.pad([list(c)[:R] for c in completion_ids], R, "right")
+        times.append(time.process_time())
+        rows = pc.pad([list(c)[:R] for c in completion_ids], R, "right")
         mask = pc.completion_mask(rows)
         return pc.final(rule(rows, None, mask), mask).tolist()
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
@@ -78,7 +78,7 @@ def main():
         for who, job, algo in (("ppo_char ppo", ours, "ppo"), ("ppo_char grpo", ours, "grpo"), ("TRL grpo", theirs, "grpo"), ("ppo_char rloo", ours, "rloo"),
                                ("TRL rloo", theirs, "rloo")):
             speeds.setdefault(who, []).append(B / np.median(job(algo, copy.copy(args), corpus)))
-            print(f"  {who:14s} {speeds[who][-1]:8.1f} completions/s", flush=True)
+            print(f"  {who:14s} {speeds[who][-1]:8.1f} completions per CPU second", flush=True)
     for algo in ("grpo", "rloo"):
         r = np.array(speeds[f"ppo_char {algo}"]) / np.array(speeds[f"TRL {algo}"])
         print(f"{algo}: ours {np.median(speeds[f'ppo_char {algo}']):.0f}/s, TRL {np.median(speeds[f'TRL {algo}']):.0f}/s: {np.median(r):.2f}x ({r.min():.2f}-{r.max():.2f}); asked >= 5x")

@@ -11,7 +11,7 @@ Source: Shimmin's Bouncing LLaMa (an 8B Llama, LoRA, 40 minutes on a 4090: direc
 3. 0.7 million parameters from scratch, small dense mazes first, the seed's sizes after
 Not handled: characters outside printable ASCII; fields with holes in their rim; more than one ball at a time.
 """
-import hashlib, json, math, os, pathlib, re, sys, time
+import collections, hashlib, json, math, os, pathlib, re, sys, time
 
 import numpy as np
 import torch
@@ -30,20 +30,20 @@ STEP = np.array(list(DIRECTIONS.values()))
 # the vocabulary: 16 moves (4 headings times whether row and column stay), 95 characters, and marks; a wall is WALL + flag
 # (PLAIN, nine displacements, and NEWLINE are only used by tests/bench/compare_bounce.py)
 MOVE, PLAIN, CHAR, END, PAD, NULL, WALL, CELL, NEWLINE, VOCAB = 0, 16, 25, 120, 121, 122, 122, 126, 127, 128
-# what each move adds to the pen's place, (16, 2) rows and columns: this table is all that the harness knows
-SHIFT = (STEP[:, None] * np.array([(1, 1), (1, 0), (0, 1), (0, 0)])).reshape(16, 2)
+SIGN = np.array(list("?" * CHAR + "".join(map(chr, range(32, 127))) + "???" + GLYPHS[1:] + "??"))       # how a token looks in a grid
+characters = lambda text: [CHAR + ord(x) - 32 for x in text]
+# what a token adds to the pen's place, (VOCAB, 2) rows and columns: moves alone add anything, and this is all that the harness knows
+SHIFT = np.concatenate([(STEP[:, None] * np.array([(1, 1), (1, 0), (0, 1), (0, 0)])).reshape(16, 2), np.zeros((VOCAB - 16, 2), int)])
 
 # ---- flags -----------------------------------------------------------------------------------------------------------------
 
 def get_args(argv=None):
-    here = pathlib.Path(__file__).resolve().parent
     p = common.Flags(__doc__)
     # the game: the seed's sizes
-    p.flag("quotes", str(here / "data" / "quotes.txt"), "texts to write: lines, .csv or .json, any encoding; a tenth is held out")
+    p.flag("quotes", str(pathlib.Path(__file__).resolve().parent / "data" / "quotes.txt"), "texts: lines, .csv, .json; a tenth is held out")
     p.flag("height", [18, 26], "smallest and largest height of a maze", nargs=2, type=int)
     p.flag("width", [32, 86], "smallest and largest width", nargs=2, type=int)
     p.flag("bars", 4.0, "mean number of walls of each orientation")
-    # what is drawn in the end
     p.flag("draw", "code", "who draws the final grid: code, from the path, or the model, cell by cell, after it", choices=["code", "model"])
     # model
     p.flag("n_layer", 3, "transformer blocks")
@@ -77,14 +77,14 @@ def get_args(argv=None):
     if "--smoke" in (sys.argv if argv is None else argv):
         p.set_defaults(steps=20, warmup=5, mazes=2, balls=2, games=10, height=[9, 10], width=[14, 16], n_embd=64, export_games=[20, 5])
     args = p.parse_args(argv)
-    for name in ("n_layer", "n_head", "steps", "mazes", "balls", "warmup", "games"):
-        if getattr(args, name) < 1:
-            p.error(f"argument --{name}: must be at least 1")
+    least = dict.fromkeys(("n_layer", "n_head", "n_embd", "steps", "mazes", "balls", "warmup", "games"), 1) | dict(bars=0, decoys=0, seed=0)
+    for name, low in least.items():
+        if not low <= getattr(args, name) < 1e9:
+            p.error(f"argument --{name}: must be at least {low} (and less than a billion)")
     if args.n_embd % (16 * args.n_head):
         p.error("argument --n_embd: must be a multiple of 16 per head, for the rotary pairs to be shared among three axes")
-    for name in ("height", "width"):
-        if not 6 <= getattr(args, name)[0] <= getattr(args, name)[1] <= 1000:
-            p.error(f"argument --{name}: must be two numbers from 6 on, the smaller first")
+    if not all(8 <= low <= high <= 1000 for low, high in (args.height, args.width)):
+        p.error("arguments --height and --width: each is two numbers from 8 to 1000, the smaller first")
     return args
 
 # ---- the maze and its physics ----------------------------------------------------------------------------------------------
@@ -110,32 +110,28 @@ def maze(rng, H, W, bars):
 def bounce(wall, r, c, dr, dc):
     """One step of N balls. wall(r, c) -> (N,) bool; r, c, dr, dc: (N,) ints -> the same after the step.
 
-    The ball o goes to X, unless something is in the way; V is the cell across the row, H the one across the column:
+    The ball at o is on its way to X; V is where its row alone would take it, H where its column alone would:
 
-         H X        X free, V and H not both walls: on to X, the ball slips past a lone corner
-         o V'       X wall: an axis whose own cell is a wall flips; if neither is (an outer corner) or both are, both flip
+         V X        X free, V and H not both walls: on to X, the ball slips past a lone corner
+         o H        X wall: an axis whose own cell is a wall flips; if neither is (an outer corner) or both are, both flip
                     V and H both walls: both flip, whatever X is
     A flipped axis stays for this step: the ball turns beside the wall and is not pushed through it. Run backwards (both velocities
     turned round) the same rule leads back to the start: the test plays 10,000 games forward and back.
     """
     V, H, X = wall(r + dr, c), wall(r, c + dc), wall(r + dr, c + dc)
     flip_r, flip_c = np.where(X, V | ~H, V & H), np.where(X, H | ~V, V & H)
-    return (np.where(flip_r, r, r + dr), np.where(flip_c, c, c + dc),
-            np.where(flip_r, -dr, dr), np.where(flip_c, -dc, dc))
+    return np.where(flip_r, r, r + dr), np.where(flip_c, c, c + dc), np.where(flip_r, -dr, dr), np.where(flip_c, -dc, dc)
 
 
-def paths(fields, which, r, c, d, T):
-    """T steps of N balls, ball i in fields[which[i]] from r[i], c[i] towards direction d[i] (index into DIRECTIONS). fields:
-    (M, H, W). -> rows, columns and headings (as d), (N, T+1) each; a ball bounced where its heading changes."""
-    M, H, W = fields.shape
-    solid, base = np.ascontiguousarray(fields > 0).ravel(), which * (H * W)
-    R, C, D = np.empty((3, T + 1, len(r)), int)
-    R[0], C[0], D[0] = r, c, d
-    dr, dc = STEP[d].T
-    for t in range(1, T + 1):
-        r, c, dr, dc = bounce(lambda r, c: solid[base + r * W + c], r, c, dr, dc)
-        R[t], C[t], D[t] = r, c, 2 * (dr > 0) + (dc < 0)
-    return R.T, C.T, D.T
+def paths(fields, r, c, d, T):
+    """T steps of the balls at r, c (M, n), n in each of the fields (M, H, W), that set out in direction d (index into DIRECTIONS).
+    -> rows, columns and headings (as d), (M, n, T+1) each; a ball bounced where its heading changes."""
+    solid, m, path = fields > 0, np.arange(len(fields))[:, None], [(r, c, d)]
+    dr, dc = STEP[d].transpose(2, 0, 1)
+    for _ in range(T):
+        r, c, dr, dc = bounce(lambda r, c: solid[m, r, c], r, c, dr, dc)
+        path.append((r, c, 2 * (dr > 0) + (dc < 0)))
+    return np.array(path).transpose(1, 2, 3, 0)
 
 
 def make_games(rng, M, n, quotes, height, width, bars, noise_texts=0.0):
@@ -148,25 +144,27 @@ def make_games(rng, M, n, quotes, height, width, bars, noise_texts=0.0):
     first = rng.integers(0, max(1, len(quotes) - M + 1))                # neighbours are of about one length: little padding
     texts = [quotes[(first + i) % len(quotes)] for i in range(M)]
     texts = ["".join(map(chr, rng.integers(32, 127, len(x)))) if rng.random() < noise_texts else x for x in texts]
-    which, todo = np.repeat(np.arange(M), n), np.arange(M * n)
-    r, c, d = np.zeros((3, M * n), int)
-    while len(todo):                                # a start is a blank cell, two from the rim, out of which the ball can move
-        m = which[todo]
-        r[todo], c[todo] = rng.integers(2, H[m] - 2), rng.integers(2, W[m] - 2)
-        d[todo] = rng.integers(0, 4, len(todo))
-        R, C, _ = paths(fields, m, r[todo], c[todo], d[todo], 2)        # who has not moved after two steps never will
-        todo = todo[(fields[m, r[todo], c[todo]] > 0) | ((R == R[:, :1]) & (C == C[:, :1])).all(1)]
-    R, C, D = (x.reshape(M, n, -1) for x in paths(fields, which, r, c, d, max(map(len, texts))))
+    (r, c, d), todo = np.zeros((3, M, n), int), np.ones((M, n), bool)
+    for _ in range(1000):                           # a start is a blank cell, two from the rim, out of which the ball can move
+        m = todo.nonzero()[0]
+        r[todo], c[todo], d[todo] = rng.integers(2, H[m] - 2), rng.integers(2, W[m] - 2), rng.integers(0, 4, len(m))
+        R, C, _ = paths(fields, r, c, d, 2)                             # who has not moved after two steps never will
+        todo = (fields[np.arange(M)[:, None], r, c] > 0) | ((R == R[..., :1]) & (C == C[..., :1])).all(2)
+        if not todo.any():
+            break
+    else:
+        sorry("in 1,000 tries no start was found that lets a ball move: take fewer --bars, or larger mazes")
+    R, C, D = paths(fields, r, c, d, max(map(len, texts)))
     return dict(fields=fields, H=H, W=W, texts=texts, R=R, C=C, D=D)
 
 
 def drawn(field, R, C, text):
-    """The field (H, W) as lines, with text written along R, C: the last letter wins, a space leaves the cell as it was."""
-    grid = [[GLYPHS[f] for f in row] for row in field]
-    for r, c, x in zip(R, C, text):
-        if x != " " and 0 <= r < len(grid) and 0 <= c < len(grid[0]):
-            grid[r][c] = x
-    return ["".join(row) for row in grid]
+    """The field as tokens (H, W), with text written along R, C: the last letter wins, a space leaves the cell as it was."""
+    grid = np.where(field, WALL + field, CHAR)                          # a blank cell is a space
+    for r, c, x in zip(R, C, characters(text)):
+        if x != CHAR and 0 <= r < len(grid) and 0 <= c < grid.shape[1]:         # a model's pen may be outside
+            grid[r, c] = x
+    return grid
 
 # ---- quotes, and the seed's text format ------------------------------------------------------------------------------------
 
@@ -175,105 +173,73 @@ def split_quotes(quotes):
     return [x for i, x in enumerate(quotes) if i % 10 != 5], quotes[5::10]
 
 
-def one_game(field, r, c, direction, text):
-    """A single game as make_games makes them: M = n = 1."""
-    start = (np.array([x]) for x in (0, r, c, list(DIRECTIONS).index(direction)))
-    R, C, D = (x[None] for x in paths(field[None], *start, len(text)))
-    return dict(fields=field[None], H=np.array([len(field)]), W=np.array([len(field[0])]), texts=[text], R=R, C=C, D=D)
-
-
-def prompt(g):
-    """A single game in the seed's text format; its answer is the fenced grid with the text written along the path."""
-    rows = drawn(g["fields"][0], g["R"][0, 0, :1], g["C"][0, 0, :1], "*")
-    return ("A ball starts at the * and moves diagonally through the playing field, one cell per step. Walls reflect it. Each step writes "
-            "the next character of the reference text; a space leaves the cell as it was, a later character overwrites an earlier one.\n\n"
-            f"### Starting direction:\n{list(DIRECTIONS)[g['D'][0, 0, 0]]}\n\n### Reference text:\n{g['texts'][0]}\n\n"
-            "### Playing field:\n```\n" + "\n".join(rows) + "\n```\n\n### Answer:\n")
-
-
-def answer(g):
-    return "```\n" + "\n".join(drawn(g["fields"][0], g["R"][0, 0], g["C"][0, 0], g["texts"][0])) + "\n```"
-
-
-def read_field(lines):
-    """Lines of text -> field (H, W) of flags, and where the * is. ValueError says what is wrong."""
-    lines = [x.rstrip("\r\n") for x in lines]
-    if len(lines) < 3 or len({len(x) for x in lines}) != 1 or len(lines[0]) < 3:
+def one_game(lines, direction, text):
+    """A field drawn as lines, with a * in it -> a single game as make_games makes them (M = n = 1). ValueError says what is wrong."""
+    if not re.fullmatch("[ -~]+", text):
+        raise ValueError("the text is empty or has characters outside printable ASCII")
+    if len(lines) < 3 or len(lines[0]) < 3 or len({len(x) for x in lines}) > 1:
         raise ValueError("the field's rows are fewer than 3 or not all equally long")
-    odd = sorted(set("".join(lines)) - set(GLYPHS + "*"))
-    if odd:
+    if odd := sorted(set("".join(lines)) - set(GLYPHS + "*")):
         raise ValueError(f"the field has unknown glyphs: {' '.join(map(repr, odd[:5]))}; it may have | - + * and spaces")
-    grid = np.array([list(x) for x in lines])
-    at = np.argwhere(grid == "*")
-    if len(at) != 1:
+    flags = np.array([[GLYPHS.find(x) for x in row] for row in lines])          # -1 where the * is
+    if len(at := np.argwhere(flags < 0)) != 1:
         raise ValueError(f"the field has {len(at)} starts (*), not one")
-    field = np.vectorize(GLYPHS.replace(" ", "*", 1).find)(np.where(grid == " ", "*", grid)).astype(np.uint8)
-    rim = np.concatenate([field[0], field[-1], field[:, 0], field[:, -1]])
-    if (rim == 0).any():
+    if (np.concatenate([flags[0], flags[-1], flags[:, 0], flags[:, -1]]) < 1).any():
         raise ValueError("the field's rim has a hole (or the * stands on it): the ball would get out")
-    return field, *map(int, at[0])
+    fields, (H, W), d = flags.clip(0).astype(np.uint8)[None], flags.shape, list(DIRECTIONS).index(direction)
+    R, C, D = paths(fields, *(np.array([[x]]) for x in (*at[0], d)), len(text))
+    return dict(fields=fields, H=np.array([H]), W=np.array([W]), texts=[text], R=R, C=C, D=D)
 
 
-def read_prompt(text):
-    """A prompt in the format above -> its game. ValueError says what is wrong."""
-    m = re.search(r"### Starting direction:\n(\w+)\n\n### Reference text:\n(.*)\n\n### Playing field:\n```\n(.*?)\n```", text, re.S)
-    if not m or m[1] not in DIRECTIONS or not m[2] or "\n" in m[2]:
-        raise ValueError("the prompt is not of --export's form")
-    return one_game(*read_field(m[3].split("\n")), m[1], m[2])
+def example(g):
+    """A single game in the seed's text format; the answer is the grid with the text written along the path."""
+    field, R, C, text = g["fields"][0], g["R"][0, 0], g["C"][0, 0], g["texts"][0]
+    start, end = ("```\n" + "\n".join(map("".join, SIGN[drawn(field, *x)])) + "\n```" for x in ((R[:1], C[:1], "*"), (R, C, text)))
+    return dict(prompt="A ball starts at the * and moves diagonally through the playing field, one cell per step. Walls reflect it. Each "
+                "step writes the next character of the reference text; a space leaves the cell as it was, a later character overwrites "
+                f"an earlier one.\n\n### Starting direction:\n{list(DIRECTIONS)[g['D'][0, 0, 0]]}\n\n### Reference text:\n{text}\n\n"
+                f"### Playing field:\n{start}\n\n### Answer:\n", answer=end)
 
 
-def export(args, path, quotes):
-    """JSON lines {"prompt", "answer"} to train on, and of other mazes and quotes in <name>_heldout.jsonl."""
-    path = pathlib.Path(path)
+def export(args, quotes):
+    """JSON lines {"prompt", "answer"} to train on, and of other mazes and quotes in <name>_heldout.jsonl. quotes: of both sides."""
+    path = pathlib.Path(args.export)
     for side, name in enumerate((path, path.with_name(f"{path.stem}_heldout{path.suffix}"))):
         with common.whole_file(name) as part, open(part, "w") as f:
             for i in tqdm(range(args.export_games[side]), desc=name.name, unit="game", disable=None):
-                rng = np.random.default_rng((args.seed, 3, side, i))
-                g = make_games(rng, 1, 1, split_quotes(quotes)[side], args.height, args.width, args.bars)
-                f.write(json.dumps(dict(prompt=prompt(g), answer=answer(g))) + "\n")
+                g = make_games(np.random.default_rng((args.seed, 3, side, i)), 1, 1, quotes[side], args.height, args.width, args.bars)
+                f.write(json.dumps(example(g)) + "\n")
         print(f"wrote {args.export_games[side]} games to {name}")
 
 
-def compare(line):
-    """A JSON line {"prompt", "completion"} -> what is right in it. ValueError: it cannot be compared, and why."""
-    try:
-        row = json.loads(line)
-        g = read_prompt(row["prompt"])
-    except (ValueError, TypeError, KeyError, RecursionError):
-        raise ValueError("no line of JSON with a prompt of --export's form") from None
-    if not isinstance(row.get("completion"), str):
-        raise ValueError("no completion")
-    fence = re.search(r"```[^\n]*\n(.*?)\n?(```|$)", row["completion"], re.S)              # the last fence may have been cut off
-    got, want = fence[1].split("\n") if fence else [], answer(g).split("\n")[1:-1]
-    if not fence or [len(x) for x in got] != [len(x) for x in want]:
-        raise ValueError("a grid of another size" if fence else "no fenced grid")
-    got, want = np.array([list(x) for x in got]), np.array([list(x) for x in want])
-    same, second, wall = got == want, (g["R"][0, 0, 1], g["C"][0, 0, 1]), g["fields"][0] > 0
-    rates, letter = dict(exact_grid=same.all(), walls=same[wall].all()), ~wall & (want != " ")
-    if letter.any():
-        rates["letters"] = same[letter].mean()
-    if want[second] == g["texts"][0][1:2]:          # unless overwritten later: is the second letter where the direction says?
-        rates["direction"] = same[second]
-    return rates
-
-
 def score(path):
-    """JSON lines of any model's completions -> counts and rates; what cannot be compared is counted by what is wrong with it."""
-    try:
-        lines = [x for x in pathlib.Path(path).read_text(encoding="utf-8").splitlines() if x.strip()]
-    except (OSError, UnicodeDecodeError) as e:
-        sorry(f"{path} cannot be read ({e})")
-    if not lines:
-        sorry(f"{path} has no completions in it")
-    rates, wrong = {}, {}
+    """JSON lines {"prompt", "completion"} of any model -> counts and rates; what cannot be compared is counted by what is wrong."""
+    with common.reading(path):
+        lines = [x for x in pathlib.Path(path).read_text(encoding="utf-8").split("\n") if x.strip()] or sorry(f"{path} has no completions")
+    rates, wrong = collections.defaultdict(list), collections.Counter()
     for line in lines:
         try:
-            for name, right in compare(line).items():
-                rates.setdefault(name, []).append(float(right))
-        except ValueError as e:
-            wrong[str(e)] = wrong.get(str(e), 0) + 1
-    exact = rates.pop("exact_grid", [])                     # of all completions; the other rates are of those that could be compared
-    return dict(completions=len(lines), compared=len(exact), wrong=wrong, exact_grid=sum(exact) / len(lines),
+            row = json.loads(line)
+            m = re.search(r"direction:\n(.*?)\n\n### Reference text:\n(.*?)\n\n### Playing field:\n```\n(.*?)\n```", row["prompt"], re.S)
+            g = one_game(m[3].split("\n"), m[1], m[2])
+            fence = re.search(r"```[^\n]*\n(.*?)\n?(```|$)", row["completion"], re.S)             # the last fence may have been cut off
+        except (ValueError, TypeError, KeyError, RecursionError):       # of JSON; of a regex that finds nothing; of one_game
+            wrong["no JSON with a prompt of --export's form and a completion"] += 1
+            continue
+        field, R, C, text = g["fields"][0], g["R"][0, 0], g["C"][0, 0], g["texts"][0]
+        want, rows = SIGN[drawn(field, R, C, text)], fence[1].split("\n") if fence else []
+        if [len(x) for x in rows] != [len(x) for x in want]:
+            wrong["a grid of another size" if fence else "no fenced grid"] += 1
+            continue
+        same, letter = np.array([list(x) for x in rows]) == want, (field == 0) & (want != " ")
+        rates["exact_grid"].append(same.all())
+        rates["walls"].append(same[field > 0].all())
+        if letter.any():
+            rates["letters"].append(same[letter].mean())
+        if want[R[1], C[1]] == text[1:2]:           # unless overwritten later: is the second letter where the direction says?
+            rates["direction"].append(same[R[1], C[1]])
+    exact = rates.pop("exact_grid", [])             # of all completions; the other rates are of those that could be compared
+    return dict(completions=len(lines), compared=len(exact), wrong=dict(wrong), exact_grid=sum(exact) / len(lines),
                 **{name: round(float(np.mean(x)), 4) for name, x in rates.items()})
 
 # ---- model -----------------------------------------------------------------------------------------------------------------
@@ -350,18 +316,17 @@ class Bouncer(nn.Module):
         nn.init.normal_(self.wte.weight, std=0.5)
         nn.init.normal_(self.kind.weight, std=1.0)
         nn.init.normal_(self.head.weight, std=0.02)
-        kinds = [0] * 25 + [1] * 96 + [2, 2, 3, 3, 3, 4, 4]                           # moves, characters, none, walls, marks
-        self.register_buffer("kinds", torch.tensor(kinds), persistent=False)
-        self.axes = (3 * pairs // 8, 3 * pairs // 8, pairs - 2 * (3 * pairs // 8))              # pairs for row, column, time
-        omega = [2.2 * (0.1 / 2.2)**(i / (m - 1)) for m in self.axes for i in range(m)]         # radians per cell or step
-        place, time = ([float((axis == 2) == late) for axis, m in enumerate(self.axes) for _ in range(m)] for late in (False, True))
-        self.register_buffer("omega", torch.tensor(omega), persistent=False)
-        table = torch.tensor([[0.0] * pairs, place, time]).repeat(1, 2)             # of nothing, walls, text: (3, hs)
-        self.register_buffer("table", table, persistent=False)
+        axes = torch.tensor([3, 3, 2]) * pairs // 8                                 # so many pairs for row, column and time
+        omega = [2.2 * (0.1 / 2.2)**(i / (m - 1)) for m in axes.tolist() for i in range(m)]     # radians per cell or step
+        axis = torch.arange(3).repeat_interleave(axes)
+        seen = torch.stack([axis < 0, axis < 2, axis == 2]).float().repeat(1, 2)    # pairs in which nothing, walls, text have keys: (3, hs)
+        kinds = torch.tensor([0] * 25 + [1] * 96 + [2, 2, 3, 3, 3, 4, 4])           # moves, characters, none, walls, marks
+        for name, x in dict(kinds=kinds, omega=torch.tensor(omega), axis=axis, table=seen).items():
+            self.register_buffer(name, x, persistent=False)
 
     def angles(self, pos):
         """pos (..., 3) -> cos and sin (..., pairs) of each pair's angle."""
-        angle = torch.cat([pos[..., i:i + 1].expand(*pos.shape[:-1], m) for i, m in enumerate(self.axes)], -1) * self.omega
+        angle = pos[..., self.axis] * self.omega
         return angle.cos(), angle.sin()
 
     def embed(self, ids, pos):
@@ -369,8 +334,7 @@ class Bouncer(nn.Module):
 
     def remember(self, ids, pos, sort):
         """The memory's ids (M, K), pos (M, K, 3), sort (M, K): -1 absent, 0 none, 1 wall, 2 text -> each block's keys and values."""
-        x, (cos, sin), absent = self.ln_mem(self.embed(ids, pos)), self.angles(pos), torch.zeros(sort.shape, device=ids.device)
-        absent = absent.masked_fill(sort < 0, -torch.inf)[:, None]                  # (M, 1, K)
+        x, (cos, sin), absent = self.ln_mem(self.embed(ids, pos)), self.angles(pos), torch.where(sort < 0, -torch.inf, 0.0)[:, None]
         return [b.attn.remember(x, cos, sin, self.table[sort.clamp(min=0)], absent) for b in self.blocks]
 
     def forward(self, ids, pos, memory, past=None, cells=0):
@@ -388,33 +352,10 @@ class Bouncer(nn.Module):
 
 # ---- the idea: a token stands where the pen is -------------------------------------------------------------------------------
 
-def characters(text):
-    return [CHAR + ord(x) - 32 for x in text]
-
-
-def memory_of(g, decoys=0, rng=None):
-    """What all games in a maze may read -> ids (M, K), pos (M, K, 3), sort (M, K): nothing (to look at where there is no wall), the
-    walls, the text and its end. decoys: so many walls more, anywhere outside the maze within 160 cells: rotary waves that fit at
-    distances never met in training would be taken for walls nearby, and larger mazes fail."""
-    rows = []
-    for m, text in enumerate(g["texts"]):
-        r, c = np.nonzero(g["fields"][m, :g["H"][m], :g["W"][m]])
-        glyph = g["fields"][m, r, c].astype(int)
-        if decoys:
-            far = rng.integers(-160, 161, (decoys, 2)) + [g["H"][m] // 2, g["W"][m] // 2]
-            far = far[((far < -1) | (far > [g["H"][m], g["W"][m]])).any(1)]
-            r, c, glyph = np.append(r, far[:, 0]), np.append(c, far[:, 1]), np.append(glyph, rng.integers(1, 4, len(far)))
-        n, T = len(r), len(text)
-        ids = np.concatenate([[NULL], WALL + glyph, characters(text), [END]])
-        pos = np.zeros((len(ids), 3), np.float32)
-        pos[1:1 + n, 0], pos[1:1 + n, 1], pos[1 + n:, 2] = r, c, np.arange(T + 1)
-        rows.append((ids, pos, np.repeat([0, 1, 2], [1, n, T + 1])))
-    K = max(len(ids) for ids, _, _ in rows)
-    ids, pos, sort = np.full((len(rows), K), NULL), np.zeros((len(rows), K, 3), np.float32), np.full((len(rows), K), -1)
-    for m, (i, p, s) in enumerate(rows):
-        ids[m, :len(i)], pos[m, :len(i)], sort[m, :len(i)] = i, p, s
-    return ids, pos, sort
-
+# What the ball does next depends on what stands around it. So a token's position is not its place in a line of text, but the (row, column,
+# time) of the pen that writes it; a wall's, in the memory, is its (row, column). Rotary attention sees differences of positions: "is there
+# a wall one up and one to the right?" is then the same question anywhere in any maze, and "which letter is due?" at any time. In the grid
+# read as text, what stands one row up stands W + 1 characters back: another number in every maze.
 
 def pen(g):
     """move and letter for every step, and the end -> ids (M, n, 2T+2), pos (M, n, 2T+2, 3).
@@ -424,48 +365,38 @@ def pen(g):
     The first move is the direction of the prompt, said as any other, as if it had led to the start: a token of its own would have to
     learn all about walls again, from one step a game (it did: the first move was wrong in 26% of the small mazes, the others in 1%).
     """
-    R, C, D, T = g["R"], g["C"], g["D"], max(map(len, g["texts"]))
-    M, n = R.shape[:2]
-    ids, pos = np.full((M, n, 2 * T + 2), PAD), np.zeros((M, n, 2 * T + 2, 3), np.float32)
-    dr, dc, time = np.diff(R), np.diff(C), np.arange(2 * T + 2) // 2
+    R, C, D, time = g["R"], g["C"], g["D"], np.arange(2 * g["R"].shape[2]) // 2
     # in a corridor one cell wide the ball bounces at every step and its displacement is (0, 1), (0, 1), ...: which way it is heading can
     # only be known by counting. a move that says its heading leaves nothing to count
-    move = MOVE + 4 * D[..., 1:] + 2 * (dr == 0) + (dc == 0)                                # (M, n, T)
+    move = MOVE + 4 * D[..., 1:] + 2 * (np.diff(R) == 0) + (np.diff(C) == 0)                # (M, n, T)
+    ids = np.full((*R.shape[:2], len(time)), PAD)
     ids[..., 0] = MOVE + 4 * D[..., 0]
     for m, text in enumerate(g["texts"]):
         L = len(text)
         ids[m, :, 1:2 * L:2], ids[m, :, 2:2 * L + 1:2], ids[m, :, 2 * L + 1] = characters(text), move[m, :, :L], END
-        pos[m, :, :2 * L + 2] = np.stack([R[m][:, time], C[m][:, time], np.broadcast_to(time, (n, len(time)))], -1)[:, :2 * L + 2]
-    return ids, pos
+    pos = np.stack([R[..., time], C[..., time], np.broadcast_to(time, ids.shape)], 3) * (ids != PAD)[..., None]
+    return ids, pos.astype(np.float32)
 
 
-def cells_of(g, rng, Q):
-    """For --draw model: Q cells a game, half of them on its path -> pos (M, n, Q, 3), what stands there in the end (M, n, Q)."""
-    M, n = g["R"].shape[:2]
-    pos, ids = np.zeros((M, n, Q, 3), np.float32), np.zeros((M, n, Q), int)
-    for m, text in enumerate(g["texts"]):
-        r, c = rng.integers(0, g["H"][m], (n, Q)), rng.integers(0, g["W"][m], (n, Q))
-        t = rng.integers(0, len(text), (n, Q // 2))
-        r[:, :Q // 2], c[:, :Q // 2] = np.take_along_axis(g["R"][m], t, 1), np.take_along_axis(g["C"][m], t, 1)
-        for i in range(n):
-            last = {(a, b): ord(x) - 32 for a, b, x in zip(g["R"][m, i], g["C"][m, i], text) if x != " "}
-            ids[m, i] = [CHAR + last.get(at, 0) if not g["fields"][m][at] else WALL + g["fields"][m][at] for at in zip(r[i], c[i])]
-        pos[m, ..., 0], pos[m, ..., 1], pos[m, ..., 2] = r, c, len(text)
-    return pos, ids
-
-
-def loss_of(model, g, device, cells=None, decoys=0, rng=None):
-    """Mean cross-entropy of the next token over a batch of games, plus that of cells = (pos, ids), asked for after the path."""
-    ids, pos = (torch.from_numpy(x).to(device) for x in model.tokens(g))
-    memory = model.remember(*(torch.from_numpy(x).to(device) for x in model.memory(g, decoys, rng)))
-    target, Q = ids[..., 1:], 0
-    ids, pos = ids[..., :-1], pos[..., :-1, :]
-    if cells is not None:
-        at, there = (torch.from_numpy(x).to(device) for x in cells)
-        Q = at.size(2)
-        ids, pos, target = torch.cat([ids, torch.full_like(there, CELL)], 2), torch.cat([pos, at], 2), torch.cat([target, there], 2)
-    logits, _ = model(ids, pos, memory, cells=Q)
-    return F.cross_entropy(logits.flatten(0, 2).float(), target.flatten(), ignore_index=PAD)
+def memory_of(g, decoys=0, rng=None):
+    """What all games in a maze may read -> ids (M, K), pos (M, K, 3), sort (M, K), -1 where a maze has less: nothing (to look at where
+    there is no wall), the walls, the text and its end. decoys: so many walls more, anywhere outside the maze within 160 cells: rotary
+    waves that fit at distances never met in training would be taken for walls nearby, and larger mazes fail."""
+    rows = []
+    for field, H, W, text in zip(g["fields"], g["H"], g["W"], g["texts"]):
+        at = np.argwhere(field[:H, :W])
+        flag = field[tuple(at.T)]
+        if decoys:
+            far = rng.integers(-160, 161, (decoys, 2)) + [H // 2, W // 2]
+            far = far[((far < -1) | (far > [H, W])).any(1)]
+            at, flag = np.concatenate([at, far]), np.append(flag, rng.integers(1, 4, len(far)))
+        block = lambda *columns: np.stack(np.broadcast_arrays(*columns), 1)         # of id, row, column, time, sort
+        rows.append(np.concatenate([block([NULL], 0, 0, 0, 0), block(WALL + flag, *at.T, 0, 1),
+                                    block(characters(text) + [END], 0, 0, np.arange(len(text) + 1), 2)]))
+    table = np.full((len(rows), max(map(len, rows)), 5), [NULL, 0, 0, 0, -1])
+    for m, row in enumerate(rows):
+        table[m, :len(row)] = row
+    return table[..., 0], table[..., 1:4].astype(np.float32), table[..., 4]
 
 # ---- generation and evaluation -----------------------------------------------------------------------------------------------
 
@@ -473,31 +404,28 @@ def loss_of(model, g, device, cells=None, decoys=0, rng=None):
 def generate(model, g, device, draw="code"):
     """Greedy, with a KV cache, all games at once. The harness adds up the displacements and knows no physics: a pen may go through
     walls or out of the field. -> tokens (M, n, L), and with draw="model" the grids (M, n, H, W) of ids that the model wrote."""
-    memory = model.remember(*(torch.from_numpy(x).to(device) for x in model.memory(g)))
-    shift = torch.from_numpy(np.concatenate([model.shift, np.zeros((1, 2), int)])).to(device)      # what is no move adds nothing
-    ids, place = (torch.from_numpy(x).to(device) for x in (MOVE + 4 * g["D"][..., 0], np.stack([g["R"][..., 0], g["C"][..., 0]], -1)))
+    start = MOVE + 4 * g["D"][..., 0], np.stack([g["R"][..., 0], g["C"][..., 0]], 2)
+    ids, place, shift, *memory = (torch.from_numpy(x).to(device) for x in (*start, model.shift, *model.memory(g)))
+    memory = model.remember(*memory)
     alive, out, past = torch.ones_like(ids, dtype=torch.bool), [], None
     for s in range(2 * max(map(len, g["texts"])) + 1):
         pos = torch.cat([place, torch.full_like(place[..., :1], s // 2)], 2) * (ids != PAD)[..., None]
         logits, past = model(ids[..., None], pos[..., None, :].float(), memory, past)
         ids = torch.where(alive, logits[..., 0, :].argmax(-1), PAD)
-        place = place + shift[ids.clamp(max=len(shift) - 1)]
+        place = place + shift[ids]
         alive &= ids != END
         out.append(ids)
     tokens = torch.stack(out, 2).cpu().numpy()
-    return (tokens, draw_cells(model, g, memory, past)) if draw == "model" else (tokens, None)
-
-
-def draw_cells(model, g, memory, past):
-    """Ask the model, after its paths, for every cell of every field -> ids (M, n, H, W). The cells do not see each other."""
-    (M, n), (H, W), device = g["R"].shape[:2], g["fields"].shape[1:], past[0][0].device
-    at = torch.tensor(np.stack(np.divmod(np.arange(H * W), W), 1), dtype=torch.float32, device=device)          # (H*W, 2)
-    T, grids = torch.tensor([float(len(x)) for x in g["texts"]], device=device)[:, None, None, None], []
-    for some in at.split(512):
-        pos = torch.cat([some.expand(M, n, -1, 2), T.expand(M, n, len(some), 1)], 3)
-        logits, _ = model(torch.full(pos.shape[:3], CELL, device=device), pos, memory, past, cells=len(some))
+    if draw == "code":
+        return tokens, None
+    # after its paths the model is asked for every cell of every field; the cells do not see each other
+    (M, n), (H, W), grids = ids.shape, g["fields"].shape[1:], []
+    T = torch.tensor([float(len(x)) for x in g["texts"]], device=device)[:, None, None, None]
+    for at in torch.cartesian_prod(torch.arange(H), torch.arange(W)).float().to(device).split(512):
+        pos = torch.cat([at.expand(M, n, -1, 2), T.expand(M, n, len(at), 1)], 3)                # (M, n, cells, 3)
+        logits, _ = model(torch.full(pos.shape[:3], CELL, device=device), pos, memory, past, cells=len(at))
         grids.append(logits.argmax(-1))
-    return torch.cat(grids, 2).view(M, n, H, W).cpu().numpy()
+    return tokens, torch.cat(grids, 2).view(M, n, H, W).cpu().numpy()
 
 
 def read_path(g, tokens, shift=SHIFT):
@@ -505,47 +433,78 @@ def read_path(g, tokens, shift=SHIFT):
     for m, i in np.ndindex(tokens.shape[:2]):
         letters, moves = tokens[m, i, ::2], tokens[m, i, 1::2]
         T = int(np.argmax(np.append(letters, END) == END))
-        step = np.where((moves < len(shift))[:, None], shift[np.minimum(moves, len(shift) - 1)], 0)[:max(0, T - 1)]
-        at = np.concatenate([np.zeros((1, 2), int), step.cumsum(0)]) + [g["R"][m, i, 0], g["C"][m, i, 0]]
-        yield m, i, at[:T, 0], at[:T, 1], "".join(chr(x - CHAR + 32) if CHAR <= x < END else " " for x in letters[:T])
+        at = [g["R"][m, i, 0], g["C"][m, i, 0]] + np.concatenate([np.zeros((1, 2), int), shift[moves].cumsum(0)])
+        yield m, i, at[:T, 0], at[:T, 1], "".join(SIGN[x] if CHAR <= x < END else " " for x in letters[:T])
 
 
 def evaluate(model, args, quotes, device, games, **change):
     """Rates over held-out games, each in its own maze. -> dict: exact_path, exact_grid, letters, direction, walls, by_time
     (letters right, in tens of steps) and by_bounce (pen in the right place when the k-th bounce is done). change: other sizes."""
-    size = dict(dict(height=args.height, width=args.width, bars=args.bars), **change)
-    tally, groups = {}, dict(by_time=[], by_bounce=[])
-    count = lambda name, right: tally.setdefault(name, []).append(float(right))
+    size = dict(height=args.height, width=args.width, bars=args.bars) | change
+    tally, by_time, by_bounce = (collections.defaultdict(list) for _ in range(3))
     for b in tqdm(range(0, games, 50), desc="evaluating", unit="x50 games", disable=None, leave=False):
         g = make_games(np.random.default_rng((args.seed, 2, b)), min(50, games - b), 1, quotes, **size)
         with torch.autocast(device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
             tokens, grids = generate(model, g, device, args.draw)
         want = model.tokens(g)[0][..., 1:]
-        same = ((tokens == want) | (want == PAD)).all(2)
+        exact = ((tokens == want) | (want == PAD)).all(2)
         for m, i, R, C, text in read_path(g, tokens, model.shift):
             truth, field, wr, wc = g["texts"][m], g["fields"][m, :g["H"][m], :g["W"][m]], g["R"][m, i], g["C"][m, i]
-            grid, target = drawn(field, R, C, text), drawn(field, wr, wc, truth)
-            if grids is not None:
-                sign = {CHAR + x: chr(32 + x) for x in range(95)} | {WALL + f: GLYPHS[f] for f in (1, 2, 3)}
-                grid = ["".join(sign.get(x, "?") for x in row) for row in grids[m, i, :len(field), :field.shape[1]]]
-            n, pad = len(truth), lambda x: np.append(x, np.full(len(truth), -1))[:len(truth)]
-            there = (pad(R) == wr[:n]) & (pad(C) == wc[:n])
-            right = there & (np.array(list(truth)) == np.array(list(text.ljust(n)[:n])))
-            count("exact_path", same[m, i])
-            count("exact_grid", grid == target)
-            count("direction", there[1])
-            count("walls", all(a == GLYPHS[f] for row, line in zip(field, grid) for f, a in zip(row, line) if f))
-            tally.setdefault("letters", []).extend(right.astype(float))
-            after = 1 + np.flatnonzero(np.diff(g["D"][m, i, :len(truth)]))
-            groups["by_time"] += zip(np.arange(len(truth)) // 10, right)
-            groups["by_bounce"] += zip(range(len(after)), there[after])
-    rates = {k: round(float(np.mean(v)), 4) for k, v in tally.items()}
-    for name, pairs in groups.items():
-        k, right = np.array(pairs, int).reshape(-1, 2).T
-        rates[name] = [round(float(x), 4) for x in np.bincount(k, right) / np.maximum(np.bincount(k), 1)]
-    return rates
+            grid = drawn(field, R, C, text) if grids is None else grids[m, i, :len(field), :field.shape[1]]
+            same = SIGN[grid] == SIGN[drawn(field, wr, wc, truth)]
+            n, k = len(truth), min(len(truth), len(text))
+            there, right = np.zeros((2, n), bool)           # where the path ended too early neither is right
+            there[:k] = (R[:k] == wr[:k]) & (C[:k] == wc[:k])
+            right[:k] = there[:k] & [a == b for a, b in zip(text, truth)]
+            for name, x in dict(exact_path=exact[m, i], exact_grid=same.all(), direction=there[1], walls=same[field > 0].all()).items():
+                tally[name].append(x)
+            tally["letters"].extend(right)
+            for t, ok in enumerate(right):
+                by_time[t // 10].append(ok)
+            for k, ok in enumerate(there[1:][np.diff(g["D"][m, i, :n]) != 0]):
+                by_bounce[k].append(ok)
+    mean = lambda x: round(float(np.mean(x)), 4)
+    by_time, by_bounce = ([mean(x) for x in group.values()] for group in (by_time, by_bounce))
+    return {name: mean(x) for name, x in tally.items()} | dict(by_time=by_time, by_bounce=by_bounce)
+
+
+def show(model, g, args, device):
+    """One game in the terminal: what the model wrote, the truth beside it, and in red what differs."""
+    tokens, grids = generate(model, g, device, args.draw)
+    (_, _, R, C, text), truth, field = next(read_path(g, tokens)), g["texts"][0], g["fields"][0]
+    got = SIGN[drawn(field, R, C, text) if grids is None else grids[0, 0]]
+    want = SIGN[drawn(field, g["R"][0, 0], g["C"][0, 0], truth)]
+    red = (lambda x: f"\033[1;31m{x}\033[0m") if sys.stdout.isatty() else (lambda x: "?" if x == " " else x)
+    print(f"{list(DIRECTIONS)[g['D'][0, 0, 0]]}: {truth}\n\n{'the model':{len(got[0])}}   the truth")
+    for a, b in zip(got, want):
+        print("".join(x if x == y else red(x) for x, y in zip(a, b)) + "   " + "".join(b))
+    print(f"\n{(got != want).sum()} cells differ")
 
 # ---- training --------------------------------------------------------------------------------------------------------------
+
+def cells_of(g, rng, Q):
+    """For --draw model: Q cells a game, half of them on its path -> pos (M, n, Q, 3), what stands there in the end (M, n, Q)."""
+    pos, ids, n = [], [], g["R"].shape[1]
+    for m, text in enumerate(g["texts"]):
+        r, c = rng.integers(0, g["H"][m], (n, Q)), rng.integers(0, g["W"][m], (n, Q))
+        t = rng.integers(0, len(text), (n, Q // 2))
+        r[:, :Q // 2], c[:, :Q // 2] = np.take_along_axis(g["R"][m], t, 1), np.take_along_axis(g["C"][m], t, 1)
+        pos.append(np.stack([r, c, np.full_like(r, len(text))], 2))
+        ids.append([drawn(g["fields"][m], g["R"][m, i], g["C"][m, i], text)[r[i], c[i]] for i in range(n)])
+    return np.array(pos, np.float32), np.array(ids, int)
+
+
+def loss_of(model, g, device, cells=None, decoys=0, rng=None):
+    """Mean cross-entropy of the next token over a batch of games, plus that of cells = (pos, ids), asked for after the path."""
+    (ids, pos), Q = model.tokens(g), 0
+    ids, pos, target = ids[..., :-1], pos[..., :-1, :], ids[..., 1:]
+    if cells is not None:
+        (at, there), Q = cells, cells[1].shape[2]
+        ids, pos, target = (np.concatenate(x, 2) for x in ((ids, np.full_like(there, CELL)), (pos, at), (target, there)))
+    ids, pos, target, *memory = (torch.from_numpy(x).to(device) for x in (ids, pos, target, *model.memory(g, decoys, rng)))
+    logits, _ = model(ids, pos, model.remember(*memory), cells=Q)
+    return F.cross_entropy(logits.flatten(0, 2).float(), target.flatten(), ignore_index=PAD)
+
 
 def train(args, quotes, file, device, kind=Bouncer):
     """Small mazes, then the asked sizes, going on from file if it is there. Under torchrun each process plays mazes of its own and
@@ -556,16 +515,15 @@ def train(args, quotes, file, device, kind=Bouncer):
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=args.weight_decay, fused=True)
     state = common.resume(file, model=model, optimizer=optimizer)
     step, seconds, losses = state.get("step", 0), state.get("seconds", 0.0), []
-    bar = tqdm(total=args.steps, initial=step, desc="training", unit="step", disable=rank > 0 or None)
+    bar = tqdm(range(step, args.steps), initial=step, total=args.steps, desc="training", unit="step", disable=rank > 0 or None)
     began = time.time() - seconds
-    while step < args.steps:
+    for step in bar:
         rng = np.random.default_rng((args.seed, 1, step, rank))         # a batch depends on this alone: a resumed run sees the same
         # full sizes come late, when bounces are understood: what is new there is only that walls are many and far
         small = step < args.small * args.steps or step % 2
         size = dict(height=[9, 12], width=[14, 22], bars=3.0) if small else dict(height=args.height, width=args.width, bars=args.bars)
         g = make_games(rng, args.mazes, args.balls, quotes, noise_texts=args.noise_texts, **size)
-        for group in optimizer.param_groups:
-            group["lr"] = args.lr * min((step + 1) / args.warmup, 0.55 + 0.45 * math.cos(math.pi * step / args.steps))
+        optimizer.param_groups[0]["lr"] = args.lr * min((step + 1) / args.warmup, 0.55 + 0.45 * math.cos(math.pi * step / args.steps))
         with torch.autocast(device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
             loss = loss_of(model, g, device, cells_of(g, rng, 48) if args.draw == "model" else None, args.decoys, rng)
         optimizer.zero_grad()
@@ -578,29 +536,13 @@ def train(args, quotes, file, device, kind=Bouncer):
         if not math.isfinite(losses[-1]):
             sorry(f"the loss is not finite at step {step}; a smaller --lr may help")
         optimizer.step()
-        step += 1
-        bar.update()
-        if step % SAVE_EVERY == 0 or step == args.steps:
+        if (step + 1) % SAVE_EVERY == 0 or step + 1 == args.steps:
             seconds = time.time() - began
             bar.set_postfix(loss=f"{np.mean(losses[-100:]):.5f}")
             if rank == 0:
-                common.save_checkpoint(file, dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step, seconds=seconds))
-    bar.close()
+                state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step + 1, seconds=seconds)
+                common.save_checkpoint(file, state)
     return model.eval(), seconds
-
-# ---- to look at ------------------------------------------------------------------------------------------------------------
-
-def show(model, g, args, device):
-    """One game in the terminal: what the model wrote, the truth beside it, and in red what differs."""
-    tokens, _ = generate(model, g, device)
-    (_, _, R, C, text), truth = next(read_path(g, tokens)), g["texts"][0]
-    field = g["fields"][0]
-    got, want = drawn(field, R, C, text), drawn(field, g["R"][0, 0], g["C"][0, 0], truth)
-    red = (lambda x: f"\033[1;31m{x}\033[0m") if sys.stdout.isatty() else (lambda x: "?" if x == " " else x)
-    print(f"{list(DIRECTIONS)[g['D'][0, 0, 0]]}: {truth}\n\n{'the model':{len(got[0])}}   the truth")
-    for a, b in zip(got, want):
-        print("".join(x if x == y else red(x) for x, y in zip(a, b)) + "   " + b)
-    print(f"\n{sum(x != y for a, b in zip(got, want) for x, y in zip(a, b))} cells differ")
 
 # ---- main ------------------------------------------------------------------------------------------------------------------
 
@@ -615,19 +557,14 @@ def main():
     args, began, device = get_args(), time.time(), common.pick_device()
     if args.score:
         return common.log_result("bounce.py", args, time.time() - began, score(args.score))
-    everything = common.read_texts(args.quotes)
+    quotes, unseen = split_quotes(common.read_texts(args.quotes))
     if args.export:
-        return export(args, args.export, everything)
-    quotes, unseen = split_quotes(everything)
+        return export(args, (quotes, unseen))
     g = make_games(np.random.default_rng((args.seed, 4)), 1, 1, unseen, args.height, args.width, args.bars)
     if args.field:
-        try:
-            lines = pathlib.Path(args.field).read_text(encoding="utf-8").strip("\n").split("\n")
-            g = one_game(*read_field(lines), args.direction, "".join(x for x in args.text if " " <= x <= "~") or "*")
-        except (OSError, ValueError) as e:
-            sorry(f"{args.field}: {e}")
-    if args.dtype == "auto":
-        args.dtype = common.fast_dtype(device)
+        with common.reading(args.field):
+            g = one_game(pathlib.Path(args.field).read_text(encoding="utf-8").strip("\n").split("\n"), args.direction, args.text)
+    args.dtype = common.fast_dtype(device) if args.dtype == "auto" else args.dtype
     if "RANK" in os.environ:
         dist.init_process_group("nccl" if device == "cuda" else "gloo")
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"])) if device == "cuda" else None
@@ -641,16 +578,16 @@ def main():
     print(f"\n{metrics['parameters']:,} parameters, {seconds:.0f} s of training")
     tall, wide = (int(1.5 * x[1]) for x in (args.height, args.width))
     long = sorted((f"{a} {b}" for a, b in zip(unseen, unseen[len(unseen) // 2:])), key=len)
-    beyond = {"": {}, f", {tall} x {wide}": dict(height=[tall] * 2, width=[wide] * 2), ", two quotes in one": {},
-              ", twice the walls": dict(bars=2 * args.bars)}
-    titles = dict(by_time="letters right, steps 0-9, 10-19, ...", by_bounce="in place after bounce 1, 2, ...")
-    for name, change in beyond.items():                     # 1.5 times the largest size, and what else it never saw
+    beyond = {"": (unseen, {}), f", {tall} x {wide}": (unseen, dict(height=[tall] * 2, width=[wide] * 2)),
+              ", two quotes in one": (long, {}), ", twice the walls": (unseen, dict(bars=2 * args.bars))}
+    for name, (texts, change) in beyond.items():            # 1.5 times the largest size, and what else it never saw
         games = max(1, args.games // (5 if name else 1))
-        rates = evaluate(model, args, long if "two" in name else unseen, device, games, **change)
-        print(f"{games} held-out games{name}: " + "  ".join(f"{k} {v:.2%}" for k, v in rates.items() if not isinstance(v, list)))
-        for k, title in () if name else titles.items():
-            print(f"  {title}: " + " ".join(f"{x:.3f}" for x in rates[k]))
-        metrics.update({k + name: v for k, v in rates.items() if k in ("exact_grid", "exact_path")})
+        rates = evaluate(model, args, texts, device, games, **change)
+        by_time, by_bounce = (" ".join(f"{x:.3f}" for x in rates.pop(k)) for k in ("by_time", "by_bounce"))
+        print(f"{games} held-out games{name}: " + "  ".join(f"{k} {v:.2%}" for k, v in rates.items()))
+        if not name:
+            print(f"  letters right, steps 0-9, 10-19, ...: {by_time}\n  in place after bounce 1, 2, ...: {by_bounce}")
+        metrics.update({k + name: rates[k] for k in ("exact_path", "exact_grid")})
     _, _, R, C, text = next(read_path(g, generate(model, g, device)[0]))
     if args.video and text:                                 # an untrained model may end before its first letter
         frames = list(common.draw_pen(g["fields"][0], R, C, text))

@@ -77,7 +77,7 @@ def test_the_seeds_own_picture():
     text = "I'm sorry Dave, I'm afraid I can't do that."
     bare = [re.sub(r"[^|+\- ]", " ", row) for row in SEEDS_PICTURE]
     bare[1] = bare[1][:12] + "*" + bare[1][13:]
-    assert b.answer(b.one_game(*b.read_field(bare), "SE", text)).split("\n")[1:-1] == SEEDS_PICTURE
+    assert b.example(b.one_game(bare, "SE", text))["answer"].split("\n")[1:-1] == SEEDS_PICTURE
 
 
 def test_10000_games_lead_back_to_their_starts():
@@ -133,9 +133,17 @@ def test_mazes_are_the_seeds():
     assert set(g["D"][..., 0].ravel()) == {0, 1, 2, 3}
 
 
+def test_mazes_without_a_start_get_a_sentence(monkeypatch, capsys):
+    """A ball walled in on all sides: at 6 x 6 one maze in a hundred has no cell that a ball can move out of."""
+    monkeypatch.setattr(b, "maze", lambda rng, H, W, bars: np.pad(np.zeros((H - 2, W - 2), np.uint8), 1, constant_values=3) | np.uint8(np.add.outer(np.arange(H), np.arange(W)) % 2))
+    with pytest.raises(SystemExit) as e:
+        games(0, M=2, n=2)
+    assert e.value.code == 2 and "--bars" in capsys.readouterr().err
+
+
 def test_drawing_the_last_letter_wins_and_spaces_leave_the_cell():
     field = np.zeros((1, 4), np.uint8)
-    assert b.drawn(field, [0, 0, 0, 0, 9, -1], [0, 1, 0, 1, 0, 0], "ab cxy") == ["ac  "]
+    assert "".join(b.SIGN[b.drawn(field, [0, 0, 0, 0, 9, -1], [0, 1, 0, 1, 0, 0], "ab cxy")][0]) == "ac  "
 
 
 # ---- tokens --------------------------------------------------------------------------------------------------------------------
@@ -155,11 +163,12 @@ def test_cells_are_asked_where_they_are():
     g = games(4)
     pos, ids = b.cells_of(g, np.random.default_rng(0), 16)
     for m, text in enumerate(g["texts"]):
-        field = g["fields"][m, :g["H"][m], :g["W"][m]]
         for i in range(3):
-            grid = b.drawn(field, g["R"][m, i], g["C"][m, i], text)
+            last = {at: x for *at, x in zip(g["R"][m, i], g["C"][m, i], text) if x != " " for at in [tuple(at)]}
             for (r, c, t), x in zip(pos[m, i].astype(int), ids[m, i]):
-                assert t == len(text) and (b.GLYPHS[x - b.WALL] if b.WALL < x < b.CELL else chr(x - b.CHAR + 32)) == grid[r][c]
+                flag = g["fields"][m, r, c]
+                assert t == len(text) and r < g["H"][m] and c < g["W"][m]
+                assert x == b.WALL + flag if flag else chr(x - b.CHAR + 32) == last.get((r, c), " ")
 
 
 # ---- model ---------------------------------------------------------------------------------------------------------------------
@@ -217,7 +226,7 @@ def test_generation_with_the_cache_is_the_full_forward():
     out, _ = b.generate(model, g, "cpu")
     first, places = b.pen(g)
     ids = np.concatenate([first[..., :1], out], 2)
-    move = (ids < b.PLAIN)[..., None] * b.SHIFT[np.minimum(ids, b.PLAIN - 1)]
+    move = b.SHIFT[ids]
     move[..., 0, :] = 0                                 # the first one is the prompt's, and has led to the start
     time = np.broadcast_to(np.arange(ids.shape[2]) // 2, ids.shape)[..., None]
     places = np.concatenate([np.stack([g["R"][..., :1], g["C"][..., :1]], -1) + move.cumsum(2), time], 3) * (ids != b.PAD)[..., None]
@@ -273,7 +282,9 @@ def singles(seed, n):
 
 def test_prompts_are_read_back():
     for g in singles(9, 10):
-        back = b.read_prompt(b.prompt(g))
+        parts = b.example(g)["prompt"].split("\n\n")                       # the game's sentence, direction, text, field, "### Answer:"
+        direction, text, field = (x.split("\n", 1)[1] for x in parts[1:4])
+        back = b.one_game(field.split("\n")[1:-1], direction, text)
         assert back["texts"] == g["texts"] and all(np.array_equal(back[k], g[k]) for k in ("fields", "H", "W", "R", "C", "D"))
 
 
@@ -283,9 +294,15 @@ FIELD = ["+-----+", "|     |", "| *   |", "|     |", "|     |", "+-----+"]
 @pytest.mark.parametrize("lines, says", [
     (FIELD[:2] + ["| *  |"] + FIELD[3:], "equally long"), ([x.replace("*", " ") for x in FIELD], "0 starts"), (FIELD[:3] + ["|*    |"] + FIELD[4:], "2 starts"),
     (FIELD[:1] + ["|  #  |"] + FIELD[2:], "'#'"), (["+- ---+"] + FIELD[1:], "hole"), (["+-*---+"] + [x.replace("*", " ") for x in FIELD[1:]], "hole"), ([], "fewer"), (["*"], "fewer")])
-def test_malformed_fields_are_refused(lines, says, tmp_path):
+def test_malformed_fields_are_refused(lines, says):
     with pytest.raises(ValueError, match=says):
-        b.read_field(lines)
+        b.one_game(lines, "SE", "hello")
+
+
+@pytest.mark.parametrize("direction, text, says", [("N", "hello", "'N'"), ("SE", "", "empty"), ("SE", "na\u00efve", "ASCII"), ("SE", "a\nb", "ASCII")])
+def test_odd_directions_and_texts_are_refused(direction, text, says):
+    with pytest.raises(ValueError, match=says):
+        b.one_game(FIELD, direction, text)
 
 
 @pytest.mark.parametrize("name, raw, want", [
@@ -318,11 +335,12 @@ def test_the_quotes_that_ship():
 
 
 def completions(n=12):
-    return [dict(prompt=b.prompt(g), completion=b.answer(g)) for g in singles(10, n)]
+    return [dict(prompt=x["prompt"], completion=x["answer"]) for x in map(b.example, singles(10, n))]
 
 
 def scored(rows, tmp_path):
-    (tmp_path / "c.jsonl").write_text("\n".join(x if isinstance(x, str) else json.dumps(x) for x in rows))
+    text = "\n".join(x if isinstance(x, str) else json.dumps(x) for x in rows).replace("\\u2028", "\u2028")        # others write it raw
+    (tmp_path / "c.jsonl").write_text(text, encoding="utf-8")
     return b.score(str(tmp_path / "c.jsonl"))
 
 
@@ -335,7 +353,9 @@ def test_scores(tmp_path):
     r = scored(good[:6] + ["{", dict(prompt="x", completion="y"), dict(good[6], completion="no fence"), dict(good[7], completion="```\n|\n```"),
                            dict(good[8], completion=good[8]["completion"][:-4]), 7], tmp_path)
     assert r["completions"] == 12 and r["compared"] == 7 and abs(r["exact_grid"] - 7 / 12) < 1e-9
-    assert r["wrong"] == {"no line of JSON with a prompt of --export's form": 3, "no fenced grid": 1, "a grid of another size": 1}
+    assert r["wrong"] == {"no JSON with a prompt of --export's form and a completion": 3, "no fenced grid": 1, "a grid of another size": 1}
+    r = scored([dict(good[0], completion=good[0]["completion"] + "\u2028"), dict(good[1], completion=None)], tmp_path)
+    assert r["completions"] == 2 and r["compared"] == 1 and r["exact_grid"] == 0.5
 
 
 GOOD = completions(4)
@@ -373,11 +393,12 @@ def test_smoke_alone_then_show_export_score(alone):
 
 @pytest.mark.parametrize("flags, says", [
     (["--stepps", "3"], "--stepps"), (["--steps", "0"], "--steps"), (["--width", "40", "30"], "--width"), (["--n_embd", "100"], "--n_embd"),
+    (["--seed", "-1"], "--seed"), (["--bars", "nan"], "--bars"), (["--field", "good.txt", "--text", "na\u00efve"], "ASCII"),
     (["--quotes", "none.txt"], "none.txt"), (["--quotes", "bin.txt"], "binary"), (["--quotes", "few.txt"], "at least 10"), (["--quotes", "bad.json"], "bad.json"),
     (["--score", "none.jsonl"], "none.jsonl"), (["--score", "bin.txt"], "bin.txt"), (["--score", "empty.jsonl"], "no completions"),
     (["--field", "bad.txt"], "2 starts"), (["--field", "none.txt"], "none.txt")])
 def test_mistakes_get_a_sentence(flags, says, tmp_path, monkeypatch, capsys):
-    for name, raw in {"bin.txt": b"\x00\xff\x01" * 9, "few.txt": b"one\n", "bad.json": b"[[[", "empty.jsonl": b"\n", "bad.txt": "\n".join(FIELD[:3] + ["|*    |"] + FIELD[4:]).encode()}.items():
+    for name, raw in {"good.txt": "\n".join(FIELD).encode(), "bin.txt": b"\x00\xff\x01" * 9, "few.txt": b"one\n", "bad.json": b"[[[", "empty.jsonl": b"\n", "bad.txt": "\n".join(FIELD[:3] + ["|*    |"] + FIELD[4:]).encode()}.items():
         (tmp_path / name).write_bytes(raw)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["bounce.py", "--smoke", *flags])
@@ -455,13 +476,12 @@ def test_plain_moves_say_the_path():
 def test_raster_tokens_say_the_grid(kind):
     g, model = games(3), kind(2, 2, 64)
     ids, pos = model.tokens(g)
-    sign = {b.CHAR + x: chr(32 + x) for x in range(95)} | {b.WALL + f: b.GLYPHS[f] for f in (1, 2, 3)} | {b.NEWLINE: "\n"}
     for m, text in enumerate(g["texts"]):
         field = g["fields"][m, :g["H"][m], :g["W"][m]]
         for i in range(3):
             l = field.size + len(field)
-            want = b.drawn(field, g["R"][m, i], g["C"][m, i], text)
-            assert "".join(sign[x] for x in ids[m, i, 1:l + 1]) == "\n".join(want) + "\n" and ids[m, i, l + 1] == b.END
+            rows = ids[m, i, 1:l + 1].reshape(len(field), -1)
+            assert (rows[:, :-1] == b.drawn(field, g["R"][m, i], g["C"][m, i], text)).all() and (rows[:, -1] == b.NEWLINE).all() and ids[m, i, l + 1] == b.END
             if kind is cb.Raster2D:                     # a token stands where the next one is written
                 assert [tuple(x[:2]) for x in pos[m, i, 1:l].astype(int)] == [divmod(k, field.shape[1] + 1) for k in range(1, l)]
 
@@ -471,6 +491,7 @@ def test_raster_tokens_say_the_grid(kind):
 def test_no_layout_depends_on_its_company(name):
     torch.manual_seed(0)
     model, g, m = cb.LAYOUTS[name](2, 2, 64).eval(), games(5), 2
-    one = b.one_game(g["fields"][m, :g["H"][m], :g["W"][m]], g["R"][m, 1, 0], g["C"][m, 1, 0], list(b.DIRECTIONS)[g["D"][m, 1, 0]], g["texts"][m])
+    grid = b.drawn(g["fields"][m, :g["H"][m], :g["W"][m]], g["R"][m, 1, :1], g["C"][m, 1, :1], "*")
+    one = b.one_game(["".join(row) for row in b.SIGN[grid]], list(b.DIRECTIONS)[g["D"][m, 1, 0]], g["texts"][m])
     logits, alone = (model(*tensors(model.tokens(x)), model.remember(*tensors(model.memory(x))))[0] for x in (g, one))
     torch.testing.assert_close(logits[m, 1, :alone.size(2)], alone[0, 0], atol=1e-4, rtol=1e-4)

@@ -41,15 +41,15 @@ class Peer(nn.Module):
 def physics():
     rng = np.random.default_rng(0)
     g = b.make_games(rng, 64, 16, QUOTES, **SIZES["full"])
-    which, r, c, d = np.repeat(np.arange(64), 16), g["R"][..., 0].ravel(), g["C"][..., 0].ravel(), g["D"][..., 0].ravel()
+    r, c, d = (g[k][..., 0] for k in "RCD")
 
     def ours():
-        b.paths(g["fields"], which, r, c, d, 50)
-        return len(r) * 50
+        b.paths(g["fields"], r, c, d, 50)
+        return r.size * 50
 
     def loop():
         for i in range(20):
-            solid, (y, x), (dy, dx) = (g["fields"][which[i]] > 0).tolist(), (int(r[i]), int(c[i])), map(int, b.STEP[d[i]])
+            solid, (y, x), (dy, dx) = (g["fields"][i] > 0).tolist(), (int(r[i, 0]), int(c[i, 0])), map(int, b.STEP[d[i, 0]])
             for _ in range(50):
                 V, H, X = solid[y + dy][x], solid[y][x + dx], solid[y + dy][x + dx]
                 fy, fx = (V or not H, H or not V) if X else (V and H, V and H)

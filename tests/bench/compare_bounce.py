@@ -23,7 +23,8 @@ FILE = pathlib.Path("out/compare_bounce.json")
 
 
 class PenPlain(b.Bouncer):
-    shift = np.concatenate([np.zeros((b.PLAIN, 2), int), np.stack(np.divmod(np.arange(9), 3), 1) - 1])
+    shift = np.zeros((b.VOCAB, 2), int)
+    shift[b.PLAIN:b.PLAIN + 9] = np.stack(np.divmod(np.arange(9), 3), 1) - 1
 
     def tokens(self, g):
         ids, pos = b.pen(g)
@@ -67,10 +68,7 @@ class Raster2D(b.Bouncer):
             field, l = g["fields"][m, :H[m], :W[m]], H[m] * (W[m] + 1)
             for i in range(n):
                 grid = np.full((H[m], W[m] + 1), b.NEWLINE)
-                grid[:, :-1] = np.where(field, b.WALL + field, b.CHAR)              # a blank cell is a space
-                for r, c, x in zip(g["R"][m, i], g["C"][m, i], text):
-                    if x != " ":
-                        grid[r, c] = b.CHAR + ord(x) - 32
+                grid[:, :-1] = b.drawn(field, g["R"][m, i], g["C"][m, i], text)
                 ids[m, i, 1:l + 2] = np.append(grid, b.END)
             pos[m, :, 0], pos[m, :, 1:l + 1] = self.places(g, m, l)
         return ids, pos
@@ -81,7 +79,7 @@ class Raster1D(Raster2D):
     def __init__(self, *sizes):
         super().__init__(*sizes)
         pairs = len(self.omega)
-        self.axes, self.omega = (0, 0, pairs), 2.2 * (0.002 / 2.2)**(torch.arange(pairs) / (pairs - 1))     # 3,000 cells before it repeats
+        self.axis[:], self.omega = 2, 2.2 * (0.002 / 2.2)**(torch.arange(pairs) / (pairs - 1))              # 3,000 cells before it repeats
         self.table[1:] = 1.0
 
     def places(self, g, m, l):

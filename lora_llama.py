@@ -14,7 +14,7 @@ Differs from Llama 2's SFT in: 1. examples packed in one sequence do not see eac
 Differs from QLoRA in: no paged optimizer; LoRA's moments are small, gradient checkpointing bounds the rest.
 Not handled: other architectures, biases, DoRA, chat templates, 4-bit head or embedding, models cut over several cards.
 """
-import base64, collections, functools, hashlib, heapq, json, math, os, pathlib, re, shutil, sys, time, types
+import base64, collections, functools, hashlib, heapq, itertools, json, math, os, pathlib, re, shutil, sys, time, types
 
 import numpy as np
 import torch
@@ -56,7 +56,6 @@ def get_args(argv=None):
     p.flag("batch_size", 4, "sequences per step, over all micro-batches and processes; 16")
     p.flag("micro_batch", 4, "sequences, or prompts, at once: what fits in memory")
     p.flag("grad_checkpoint", False, "compute each block's activations twice instead of keeping them")
-    p.flag("texts", str(DATA / "texts"), "folder of .txt files, one document a line, that the demo is pretrained on, 10 times over")
     p.flag("save_every", 20, "steps between checkpoints")
     p.flag("seed", 0, "of weights, order, dropout and sampling")
     # what comes out
@@ -76,8 +75,9 @@ def get_args(argv=None):
     if args.smoke:
         p.set_defaults(epochs=1.0, max_new=16)
     args = p.parse_args(argv)
-    small = [k for k in ("lora_r", "block_size", "batch_size", "micro_batch", "save_every", "max_new", "beam") if getattr(args, k) < 1]
-    return p.error(f"argument --{small[0]}: must be at least 1") if small else args
+    low, high = dict(seed=0, length_penalty=-50), dict(lora_dropout=1, held_out=1, top_p=1, length_penalty=50)     # other counts: from 1 on
+    wrong = [k for k, v in vars(args).items() if type(v) in (int, float) and not low.get(k, isinstance(v, int)) <= v <= high.get(k, 1e9)]
+    return p.error(f"argument --{wrong[0]}: {getattr(args, wrong[0])} is out of range") if wrong else args
 
 # ---- data: tokenizers --------------------------------------------------------------------------------------------------------
 
@@ -142,32 +142,26 @@ def load_tokenizer(folder):
     path = path if path.exists() else path.with_suffix(".model")
     with reading(path):
         raw = path.read_bytes()
-        if path.suffix == ".json":
-            return from_tokenizer_json(json.loads(raw))
-        return from_tiktoken(raw) if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", raw) else from_sentencepiece(raw)
+        tiktoken = re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", raw)
+        return (from_tokenizer_json if path.suffix == ".json" else from_tiktoken if tiktoken else from_sentencepiece)(raw)
 
-def from_tokenizer_json(spec):
+def from_tokenizer_json(raw):
     """The two kinds of BPE that Llamas come with, told apart by the steps before the merges. ValueError: not handled."""
+    spec = json.loads(raw)
     bpe, special = spec["model"], {t["content"]: t["id"] for t in spec["added_tokens"]}
-    steps = [step for k, inner in (("normalizer", "normalizers"), ("pre_tokenizer", "pretokenizers")) if spec.get(k)
-             for step in spec[k].get(inner, [spec[k]])]
-    odd = [t["content"] for t in spec["added_tokens"] if not t["special"]]
-    odd += [k for k in ("dropout", "continuing_subword_prefix", "end_of_word_suffix") if bpe.get(k)]
-    prefix = pattern = None
-    match [step["type"] for step in steps]:
-        case ["Prepend", "Replace"]:
-            prefix = "always"
-        case ["Metaspace"] if not steps[0].get("split", True):
-            prefix = "never" if steps[0].get("prepend_scheme") == "never" else "unless there"
-        case ["ByteLevel"]:
-            pattern = GPT2
-        case ["Digits", "ByteLevel"] if steps[0]["individual_digits"]:
-            pattern = SMOL
-        case ["Split", "ByteLevel"] if steps[0]["behavior"] == "Isolated" and not steps[1].get("use_regex"):
-            pattern = steps[0]["pattern"]["Regex"]
-        case kinds:
-            odd += kinds
-    if bpe["type"] != "BPE" or odd or bool(prefix) != bool(bpe.get("byte_fallback")) or pattern and steps[-1].get("add_prefix_space"):
+    steps = [step for k in ("normalizer", "pre_tokenizer") if spec.get(k) for step in spec[k].get(k.replace("_", "") + "s", [spec[k]])]
+    kinds, said = " ".join(step["type"] for step in steps), {k: v for step in steps for k, v in step.items()}
+    regex = said.get("pattern", {}).get("Regex")
+    must, prefix, pattern = {       # the kinds of step -> what they must say; CharBPE's prefix; ByteBPE's pattern
+        "Prepend Replace": (dict(prepend=SPACE, pattern=dict(String=" "), content=SPACE), "always", None),
+        "Metaspace": (dict(replacement=SPACE, split=False), "never" if said.get("prepend_scheme") == "never" else "unless there", None),
+        "ByteLevel": (dict(add_prefix_space=False, use_regex=True), None, GPT2),
+        "Digits ByteLevel": (dict(add_prefix_space=False, use_regex=True, individual_digits=True), None, SMOL),
+        "Split ByteLevel": (dict(add_prefix_space=False, use_regex=False, behavior="Isolated", invert=False), None, regex),
+    }.get(kinds, ({}, None, None))
+    odd = [t["content"] for t in spec["added_tokens"] if not t["special"]] + [k for k, v in must.items() if said.get(k, True) != v]
+    odd += [k for k in ("dropout", "continuing_subword_prefix", "end_of_word_suffix") if bpe.get(k)] + [kinds or "no steps"] * (not must)
+    if bpe["type"] != "BPE" or odd or bool(prefix) != bool(bpe.get("byte_fallback")):
         raise ValueError(f"a {bpe['type']} model with {odd or 'its settings'} is not handled")
     pairs = (m.split(" ") if isinstance(m, str) else m for m in bpe["merges"])
     vocab, merges = bpe["vocab"], list(dict.fromkeys(a + b for a, b in pairs))          # the piece that a merge makes, in order
@@ -193,18 +187,17 @@ def from_tiktoken(raw):
 
 def protobuf(raw):
     """[(field, value)] of one protobuf message: ints, or bytes for strings, messages and fixed-width numbers."""
-    def varint(at):
-        digits = re.compile(rb"[\x80-\xff]*[\x00-\x7f]").match(raw, at)[0]          # past the end: None, and a TypeError
-        return sum((byte & 127) << 7 * k for k, byte in enumerate(digits)), at + len(digits)
-    at, out = 0, []
-    while at < len(raw):
-        key, at = varint(at)
-        value, at = varint(at) if key % 8 in (0, 2) else ({1: 8, 5: 4}[key % 8], at)
-        if key % 8:                             # the value so far is a length
-            value, at = raw[at:at + value], at + value
-        out.append((key // 8, value))
-    if at > len(raw):
-        raise ValueError("it is cut short")
+    stream, out = iter(raw), []
+    def varint(byte):                           # seven bits a byte, the lowest first; the eighth says that more come
+        return byte if byte < 128 else byte - 128 + (varint(next(stream)) << 7)
+    for byte in stream:
+        field, kind = divmod(varint(byte), 8)
+        value = varint(next(stream)) if kind in (0, 2) else {1: 8, 5: 4}[kind]
+        if kind:                                # the value so far is a length
+            length, value = value, bytes(itertools.islice(stream, value))
+            if len(value) < length:
+                raise ValueError("it is cut short")
+        out.append((field, value))
     return out
 
 def from_sentencepiece(raw):
@@ -306,7 +299,7 @@ class Cache:
     """Keys and values of the tokens read so far: kv (n_layer, 2, B, nkv, longest, hs), the first T in use."""
     def __init__(self, model, B, longest):
         c, self.T = model.cfg, 0
-        self.kv = model.norm.weight.new_zeros(c.n_layer, 2, B, c.n_kv_head, longest, c.head_dim)
+        self.kv = model.model.norm.weight.new_zeros(c.n_layer, 2, B, c.n_kv_head, longest, c.head_dim)
 
 class Block(nn.Module):
     """Grouped-query attention (arXiv 2305.13245), G query heads to a key-value head, then SwiGLU (2002.05202)."""
@@ -344,40 +337,36 @@ class Block(nn.Module):
         return x + mlp.down_proj(F.silu(mlp.gate_proj(h)) * mlp.up_proj(h))  # (B, T, n_ff) inside
 
 class Llama(nn.Module):
-    """The whole model; its parameters are named as in Hugging Face's files, less the leading 'model.'."""
+    """The whole model; its parameters are named as in Hugging Face's files."""
     def __init__(self, cfg):
         super().__init__()
         self.cfg, self.grad_checkpoint = cfg, False
-        self.embed_tokens = nn.Embedding(cfg.vocab_size, cfg.n_embd)
-        self.layers = nn.ModuleList(Block(cfg, i) for i in range(cfg.n_layer))
-        self.norm = nn.RMSNorm(cfg.n_embd, cfg.eps)
-        if not cfg.tied:  # else the embedding is the head
+        self.model = nn.ModuleDict(dict(
+            embed_tokens=nn.Embedding(cfg.vocab_size, cfg.n_embd), layers=nn.ModuleList(Block(cfg, i) for i in range(cfg.n_layer)),
+            norm=nn.RMSNorm(cfg.n_embd, cfg.eps)))
+        if not cfg.tied:                # else the embedding is the head
             self.lm_head = Linear(cfg.n_embd, cfg.vocab_size)
     def forward(self, ids, pos=None, mask=None, cache=None):
         """ids, pos (B, T), mask (B, 1, T, S) bool or None for plain causal -> hidden states (B, T, C), for logits()."""
         T, past = ids.size(1), cache.T if cache else 0
-        if pos is None:
-            pos = torch.arange(past, past + T, device=ids.device)[None]
+        pos = torch.arange(past, past + T, device=ids.device)[None] if pos is None else pos
         if mask is None and T > 1:
             mask = torch.ones(T, past + T, dtype=torch.bool, device=ids.device).tril(past)[None, None]
-        x = self.embed_tokens(ids)                                      # (B, T, C)
+        x = self.model.embed_tokens(ids)                                 # (B, T, C)
         cos, sin = rotary(self.cfg, pos, x.dtype)
-        for block in self.layers:
+        for block in self.model.layers:
             again = self.grad_checkpoint and torch.is_grad_enabled()
             x = checkpoint(block, x, cos, sin, mask, cache, use_reentrant=False) if again else block(x, cos, sin, mask, cache)
         if cache:
             cache.T += T
-        return self.norm(x)
+        return self.model.norm(x)
     def logits(self, x):
         """(..., C) -> (..., V), where someone asks for them: the head is a fifth of a small model's work."""
-        return F.linear(x, self.embed_tokens.weight) if self.cfg.tied else self.lm_head(x)
+        return F.linear(x, self.model.embed_tokens.weight) if self.cfg.tied else self.lm_head(x)
 
 def linears(model):
     """{name: Linear} of the blocks: what is quantized and what gets LoRA; the head is neither, as in QLoRA."""
     return {n: m for n, m in model.named_modules() if isinstance(m, Linear) and n != "lm_head"}
-
-def stored_name(name):
-    return name if name.startswith("lm_head") else "model." + name
 
 # ---- the idea, first half: 4 bits by NF4 (QLoRA, arXiv 2305.14314) -----------------------------------------------------------
 
@@ -537,7 +526,7 @@ def add_lora(model, args, names=None):
     """Freeze the model and put a fresh update on the layers of these names, or on args.targets: A (r, n_in) uniform as in
     nn.Linear, B (n_out, r) zero, so that it begins as the identity."""
     torch.manual_seed(args.seed)
-    model.requires_grad_(False)  # what is added below is all that learns
+    model.requires_grad_(False)         # what is added below is all that learns
     for name, m in linears(model).items():
         if name in names if names else name.split(".")[-1] in args.targets:
             (n_out, n_in), r, device = m.shape, args.lora_r, (m.q.packed if m.q else m.weight).device
@@ -549,6 +538,7 @@ def add_lora(model, args, names=None):
 # ---- files: model folders and adapters ---------------------------------------------------------------------------------------
 
 STATE = ".quant_state.bitsandbytes__nf4"            # what bitsandbytes keeps beside an NF4 matrix and nowhere else
+PEFT = "base_model.model."                          # what stands before each name in peft's files
 
 def fetch_model(name):
     """A folder as it is, or a Hub id's files, downloaded to out/hub (resumed, sizes and hashes checked). -> the folder"""
@@ -556,9 +546,12 @@ def fetch_model(name):
         return pathlib.Path(name)
     re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) or sorry(f"--model {name}: no such folder, and no Hub id (owner/name) either")
     folder, hub = pathlib.Path("out/hub") / name, os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    while RANK and not (folder / "config.json").exists():           # one process downloads, the others wait
+        time.sleep(1)
     if not (folder / "config.json").exists():       # it comes last: where it is, all is
         import requests
-        headers = {"Authorization": f"Bearer {os.environ['HF_TOKEN']}"} if os.environ.get("HF_TOKEN") else {}
+        token = "".join(os.environ.get("HF_TOKEN", "").split())     # a line break in it, and requests would quote it in its complaint
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
         with reading(f"{hub}'s list of {name}"):
             answer = requests.get(f"{hub}/api/models/{name}/tree/main", headers=headers, timeout=30)
             answer.ok or sorry(f"{hub} refuses {name} (HTTP {answer.status_code}); if it is gated, ask for access there and set HF_TOKEN")
@@ -582,7 +575,7 @@ def stored_nf4(name, found, device):
             raise ValueError("its parts do not fit each other")
         return NF4(packed, absmax, shape, block, (*nested, float(state["nested_offset"]), block2) if block2 else None)
 
-def load_model(folder, dtype="auto", four_bit=False, double=True, device="cpu", quiet=False):
+def load_model(folder, dtype="auto", four_bit=False, double=True, device="cpu"):
     """A model folder -> Llama without gradients. Tensors come one by one: the peak is the loaded model plus one of them.
     four_bit quantizes the blocks' linear layers to NF4; what bitsandbytes stored in NF4 stays so in any case."""
     folder, tic = pathlib.Path(folder), time.time()
@@ -593,27 +586,26 @@ def load_model(folder, dtype="auto", four_bit=False, double=True, device="cpu", 
     with reading(folder / "config.json"), torch.device("meta"):             # the structure alone, no memory yet
         model = Llama(cfg)
     inner, worst, off, seen = linears(model), 0.0, 0.0, 0
-    for name, p in tqdm(list(model.named_parameters()), desc="load", unit="tensor", disable=True if quiet else None):
-        full, owner = stored_name(name), model.get_submodule(name.removesuffix(".weight"))
-        full in found or sorry(f"{folder} lacks the tensor {full}")
-        x, q = found[full], stored_nf4(full, found, device) if full + STATE in found else None
+    for name, p in tqdm(list(model.named_parameters()), desc="load", unit="tensor", disable=True if RANK else None):
+        name in found or sorry(f"{folder} lacks the tensor {name}")
+        x, owner = found[name], model.get_submodule(name.removesuffix(".weight"))
+        q = stored_nf4(name, found, device) if name + STATE in found else None
         fits = (q or x).shape == tuple(p.shape) and (q or x.dtype in FLOATS.values())
-        fits or sorry(f"{full} in {x.path} is {x.dtype} {(q or x).shape}; floats of {tuple(p.shape)} were expected")
+        fits or sorry(f"{name} in {x.path} is {x.dtype} {(q or x).shape}; floats of {tuple(p.shape)} were expected")
         if four_bit and owner in inner.values() and not q:
             w = x.tensor().to(device)
             q, part = quantize_nf4(w, double), w[:1 + (1 << 20) // w.size(1)]                   # a million weights tell enough:
             error = (dequantize_nf4(quantize_nf4(part, double), torch.float32) - part.float()).abs()
             worst, off, seen = max(worst, error.max().item()), off + error.sum().item(), seen + part.numel()
         owner.q, owner.weight = q, None if q else nn.Parameter(x.tensor().to(device, dtype, copy=True), False)
-    if not quiet:
-        size, n = sum(m.q.nbytes() if m.q else m.weight.nbytes for m in inner.values()), sum(math.prod(m.shape) for m in inner.values())
-        print(f"loaded {folder} in {time.time() - tic:.1f} s: {8 * size / n:.3f} bits per linear weight"
-              + f"; NF4's error is at most {worst:.4g}, {off / max(1, seen):.4g} on average" * bool(seen))
+    size, n = sum(m.q.nbytes() if m.q else m.weight.nbytes for m in inner.values()), sum(math.prod(m.shape) for m in inner.values())
+    print(f"loaded {folder} in {time.time() - tic:.1f} s: {8 * size / n:.3f} bits per linear weight"
+          + f"; NF4's error is at most {worst:.4g}, {off / max(1, seen):.4g} on average" * bool(seen))
     return model.eval()
 
 def save_adapter(model, folder, args, base):
     """The LoRA of a model in peft's format: adapter_config.json and adapter_model.safetensors."""
-    folder, tensors = pathlib.Path(folder), {f"base_model.model.model.{n}.weight": p for n, p in lora_parameters(model).items()}
+    folder, tensors = pathlib.Path(folder), {f"{PEFT}{n}.weight": p for n, p in lora_parameters(model).items()}
     write_safetensors(folder / "adapter_model.safetensors", {n: (p.dtype, p.shape) for n, p in tensors.items()}, tensors.get)
     write_json(folder / "adapter_config.json", dict(
         peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=str(base), r=args.lora_r, lora_alpha=args.lora_alpha,
@@ -626,7 +618,7 @@ FINE = dict(peft_type=["LORA"], bias=["none"], init_lora_weights=[True, "gaussia
 
 def load_adapter(model, folder, args):
     """Put a peft-format adapter on the model; args.lora_r and the like become the adapter's own."""
-    path, prefix = pathlib.Path(folder) / "adapter_config.json", "base_model.model.model."
+    path = pathlib.Path(folder) / "adapter_config.json"
     c, found = read_json(path), read_safetensors(path.with_name("adapter_model.safetensors"))
     for k in [k for k, v in c.items() if v and k not in HARMLESS and v not in FINE.get(k, [])]:
         sorry(f"{path} sets {k} to {str(c[k])[:40]}, which is not handled")
@@ -635,7 +627,7 @@ def load_adapter(model, folder, args):
         args.lora_alpha, args.lora_dropout, args.rslora = float(c["lora_alpha"]), float(c["lora_dropout"]), bool(c.get("use_rslora"))
         if c["r"] != args.lora_r or c["peft_type"] != "LORA" or not 0 <= args.lora_alpha < 1e9 or not 0 <= args.lora_dropout < 1:
             raise ValueError(f"it speaks of a rank-{c['r']} LoRA, its tensors of {ranks}; or lora_alpha or lora_dropout is out of range")
-    state = {n.removeprefix(prefix).removesuffix(".weight"): x.tensor() for n, x in found.items() if x.dtype in FLOATS.values()}
+    state = {n.removeprefix(PEFT).removesuffix(".weight"): x.tensor() for n, x in found.items() if x.dtype in FLOATS.values()}
     add_lora(model, args, {n.rpartition(".")[0] for n in state})
     with reading(path.with_name("adapter_model.safetensors")):
         if not state or len(state) < len(found) or {*state} != {*lora_parameters(model)}:
@@ -646,7 +638,7 @@ def save_merged(model, source, folder, into):
     """Write the model with its LoRA added in as a plain HF folder, tensor by tensor. Each way is exact for something:
     into "4bit", the dequantized NF4 weights: this is the model that was trained and evaluated here;
     into "16", the stored weights: what others compute who load the 16-bit model and the adapter; NF4's error goes out."""
-    inner, found, dtype = {stored_name(f"{n}.weight"): m for n, m in linears(model).items()}, find_tensors(source), model.norm.weight.dtype
+    inner, found, dtype = {f"{n}.weight": m for n, m in linears(model).items()}, find_tensors(source), model.model.norm.weight.dtype
     if into == "16" and any(n.endswith(STATE) for n in found):
         sorry(f"--merge 16: {source} holds no 16-bit weights; --merge 4bit merges into what it holds")
     def tensor_of(name):
@@ -665,7 +657,7 @@ def save_merged(model, source, folder, into):
 @torch.inference_mode()
 def generate(model, prompts, max_new, eos, temperature=0.0, top_p=1.0, repetition_penalty=1.0, generator=None):
     """prompts: lists of ids, continued in one batch -> lists of new ids; one that stopped ends with a token of eos."""
-    T, device = max(map(len, prompts)), model.norm.weight.device
+    T, device = max(map(len, prompts)), model.model.norm.weight.device
     # padding stands on the left and repeats the row's first token: the repetition penalty must not meet one never said
     ids = torch.tensor([p[:1] * (T - len(p)) + p for p in prompts], device=device)      # (B, T), and growing
     pad = torch.tensor([[T - len(p)] for p in prompts], device=device)                  # (B, 1)
@@ -680,13 +672,12 @@ def generate(model, prompts, max_new, eos, temperature=0.0, top_p=1.0, repetitio
         ids, stopped = torch.cat([ids, drawn], 1), stopped | torch.isin(drawn, ends)
         if stopped.all():
             break
-    rows = ids[:, T:].tolist()
-    return [row[:next((n for n, token in enumerate(row, 1) if token in eos), None)] for row in rows]
+    return [row[:next((n for n, token in enumerate(row, 1) if token in eos), None)] for row in ids[:, T:].tolist()]
 
 @torch.inference_mode()
 def beam(model, prompt, width, max_new, eos, length_penalty=1.0, repetition_penalty=1.0):
     """prompt, a list of ids -> the best continuation that `width` beams find (common.beam_search), with one cache."""
-    device, cache = model.norm.weight.device, Cache(model, 1, len(prompt) + max_new)
+    device, cache = model.model.norm.weight.device, Cache(model, 1, len(prompt) + max_new)
     def step(ids, parent):                      # row i goes on from what was row parent[i]: beams move about, and their past with them
         if parent.tolist() != list(range(cache.kv.size(2))):
             cache.kv = cache.kv[:, :, parent.to(device)]
@@ -695,7 +686,7 @@ def beam(model, prompt, width, max_new, eos, length_penalty=1.0, repetition_pena
 
 def complete(model, rows, tok, args):
     """rows with prompts -> the same rows, each with its "completion", by beams or by sampling, and whether it "stopped" by itself."""
-    draw, done = torch.Generator(model.norm.weight.device).manual_seed(args.seed), []
+    draw, done = torch.Generator(model.model.norm.weight.device).manual_seed(args.seed), []
     model.eval()
     for i in tqdm(range(0, len(rows), args.micro_batch), desc="complete", unit="batch", disable=None):
         part = rows[i:i + args.micro_batch]
@@ -710,7 +701,7 @@ def complete(model, rows, tok, args):
 
 def loss_of(model, packed):
     """Sum of -log p over the labelled tokens of packed sequences (a scalar with gradient), and how many there are."""
-    ids, labels, pos, doc = collate(packed, model.norm.weight.device)
+    ids, labels, pos, doc = collate(packed, model.model.norm.weight.device)
     x = model(ids, pos, only_own_example(doc))[labels >= 0]             # (N, C): answers alone reach the head
     return F.cross_entropy(model.logits(x).float(), labels[labels >= 0], reduction="sum"), len(x)
 
@@ -725,8 +716,8 @@ def train(model, packed, epochs, lr, batch_size, path, args, name):
     """AdamW on what of the model wants a gradient -> the last loss. Batch and dropout are functions of (seed, step) alone,
     so a run that was killed goes on from `path` to the same weights. Under torchrun the processes share each batch."""
     params, per_epoch = {n: p for n, p in model.named_parameters() if p.requires_grad}, -(-len(packed) // batch_size)
-    steps, start, loss = max(1, round(epochs * per_epoch)), 0, math.nan
-    warm = max(1, round(0.03 * steps))
+    steps = max(1, round(epochs * per_epoch))
+    warm, start, loss = max(1, round(0.03 * steps)), 0, math.nan
     opt = torch.optim.AdamW(params.values(), lr=lr, betas=(0.9, 0.95), weight_decay=0.1)       # the last two as in Llama 2
     model.train()
     shaped_by = "model adapter load_4bit double_quant dtype seed lora_r lora_alpha lora_dropout rslora micro_batch".split()
@@ -744,7 +735,7 @@ def train(model, packed, epochs, lr, batch_size, path, args, name):
         order = np.random.default_rng([args.seed, step // per_epoch]).permutation(len(packed))
         batch = [packed[i] for i in order[step % per_epoch * batch_size:][:batch_size]]
         count = sum(len(ids) - max(n, 1) for seq in batch for ids, n in seq)            # answer tokens of all processes
-        total = torch.zeros((), device=model.norm.weight.device)
+        total = torch.zeros((), device=model.model.norm.weight.device)
         for p in params.values():
             p.grad = torch.zeros_like(p)        # not None: under torchrun a process may be without a share of the batch
         for i in range(RANK * args.micro_batch, len(batch), WORLD * args.micro_batch):
@@ -761,8 +752,7 @@ def train(model, packed, epochs, lr, batch_size, path, args, name):
         opt.step()
         bar.set_postfix(loss=f"{loss:.3f}")
         if RANK == 0 and ((step + 1) % args.save_every == 0 or step + 1 == steps):
-            kept = {n: p.detach() for n, p in params.items()}
-            common.save_checkpoint(path, dict(run=run, step=step + 1, loss=loss, opt=opt.state_dict(), params=kept))
+            common.save_checkpoint(path, dict(run=run, step=step + 1, loss=loss, opt=opt.state_dict(), params=params))
     return loss
 
 def write_byte_tokenizer(path):
@@ -777,34 +767,34 @@ def write_byte_tokenizer(path):
                             special_tokens={names[0]: dict(id=names[0], ids=[256], tokens=[names[0]])})))
 
 def make_demo(args, device):
-    """Pretrain a byte-level Llama on args.texts, one document a line, and write it as a Hugging Face folder -> the folder."""
-    files = sorted(pathlib.Path(args.texts).glob("*.txt"))
-    lines = [line for f in files for line in f.read_text("utf-8", "replace").splitlines() if line]
-    lines or sorry(f"the demo wants .txt files in --texts {args.texts}")
+    """Pretrain a byte-level Llama on data/texts, one document a line, and write it as a Hugging Face folder -> the folder."""
+    lines = [line for f in sorted(DATA.glob("texts/*.txt")) for line in f.read_text("utf-8", "replace").splitlines() if line]
+    lines or sorry(f"the demo wants .txt files in {DATA / 'texts'}")
     n_layer, C, epochs = (2, 64, 1) if args.smoke else (5, 128, 10)
     config = dict(architectures=["LlamaForCausalLM"], model_type="llama", vocab_size=260, hidden_size=C, intermediate_size=C * 5 // 2,
                   num_hidden_layers=n_layer, num_attention_heads=C // 32, num_key_value_heads=C // 64, tie_word_embeddings=True,
                   bos_token_id=256, eos_token_id=257, torch_dtype="float32")
-    digest = hashlib.sha256(json.dumps([config, epochs, args.seed, lines]).encode()).hexdigest()
-    folder = pathlib.Path("out") / f"demo-{digest[:10]}"
+    folder = pathlib.Path("out") / f"demo-{hashlib.sha256(json.dumps([config, epochs, args.seed, lines]).encode()).hexdigest()[:10]}"
     if (folder / "model.safetensors").exists():
         return folder
-    write_json(folder / "config.json", config)
-    write_byte_tokenizer(folder / "tokenizer.json")
+    if RANK == 0:                           # under torchrun one process writes
+        write_byte_tokenizer(folder / "tokenizer.json")
+        write_json(folder / "config.json", config)
+    while not (folder / "config.json").exists():
+        time.sleep(0.1)
     tok, model = load_tokenizer(folder), Llama(read_config(folder / "config.json"))
     torch.manual_seed(args.seed)
     for p in model.to(device).parameters():
         p.data.normal_(std=0.02) if p.dim() == 2 else p.data.fill_(1)
     # a document is an example without a prompt: the same packing, the same loss
-    examples = [([256, *tok.encode(line), 257], 0) for line in lines]
-    packed = pack(examples, 256, np.random.default_rng(args.seed))
+    packed = pack([([256, *tok.encode(line), 257], 0) for line in lines], 256, np.random.default_rng(args.seed))
     loss = train(model, packed, epochs, 3e-3, 8, folder / "train.pt", args, "pretrain")
     if RANK == 0:
-        tensors = {stored_name(n): p for n, p in model.named_parameters()}
+        tensors = dict(model.named_parameters())
         write_safetensors(folder / "model.safetensors", {n: (p.dtype, p.shape) for n, p in tensors.items()}, tensors.get)
         (folder / "train.pt").unlink()
-    if WORLD > 1:
-        torch.distributed.barrier()
+    while not (folder / "model.safetensors").exists():
+        time.sleep(0.1)
     print(f"pretrained {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters on {len(lines)} documents, {epochs} times over, "
           f"to a last loss of {loss:.3f} nats per byte: {folder}")
     return folder
@@ -819,16 +809,17 @@ def main():
         torch.distributed.init_process_group("nccl" if device == "cuda" else "gloo")
         sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")         # one voice
     folder = make_demo(args, device) if args.model == "demo" else fetch_model(args.model)
-    tok = load_tokenizer(folder)
-    model = load_model(folder, args.dtype, args.load_4bit, args.double_quant, device, quiet=RANK > 0)
+    tok, model = load_tokenizer(folder), load_model(folder, args.dtype, args.load_4bit, args.double_quant, device)
     model.grad_checkpoint = args.grad_checkpoint
-    top = max([*tok.bytes, *tok.special.values()])
-    top < model.cfg.vocab_size or sorry(f"{folder}: the tokenizer has ids up to {top}, the model only {model.cfg.vocab_size} of them")
     # what ends a turn stands between prompt and answer: the demo's and Llama 3's own token, for others EOS
     seps = [tok.special[t] for t in ("<|sep|>", "<|eot_id|>") if t in tok.special]
     tok.bos, tok.sep, tok.eos = model.cfg.bos if tok.add_bos else [], (seps + model.cfg.eos)[:1], model.cfg.eos
+    ids = {*tok.bytes, *tok.special.values()}           # a tiktoken file that was cut short is one of fewer tokens
+    if max(ids) >= model.cfg.vocab_size or not ids.issuperset(tok.bos + tok.eos[:1]):
+        sorry(f"{folder}: its tokenizer, with ids up to {max(ids)}, is not of its config.json: {model.cfg.vocab_size}, {tok.bos + tok.eos}")
+    asked = read_jsonl(args.prompts, ["prompt"]) if args.prompts else []
     load_adapter(model, args.adapter, args) if args.adapter else add_lora(model, args)
-    print(f"device {device}  dtype {model.norm.weight.dtype}  LoRA rank {args.lora_r}, "
+    print(f"device {device}  dtype {model.model.norm.weight.dtype}  LoRA rank {args.lora_r}, "
           f"{sum(p.numel() for p in lora_parameters(model).values()):,} trainable  begins {tok.bos}  separator {tok.sep}  ends {tok.eos}")
 
     out, metrics = pathlib.Path(args.out), {}
@@ -852,10 +843,10 @@ def main():
         if args.epochs > 0:
             save_adapter(model, out, args, folder)
             (out / "train.pt").unlink()         # the adapter is whole: the next run starts anew
-        if args.prompts:
-            rows = complete(model, read_jsonl(args.prompts, ["prompt"]), tok, args)
+        if asked:
+            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in complete(model, asked, tok, args))
             with common.whole_file(out / "completions.jsonl") as part:
-                part.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
+                part.write_text(text, "utf-8")
         if args.merge != "off":
             save_merged(model, folder, out / f"merged-{args.merge}", args.merge)
         print(f"written to {out}: {', '.join(sorted(p.name for p in out.iterdir()))}" if out.exists() else "nothing written")

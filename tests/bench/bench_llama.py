@@ -1,11 +1,12 @@
-"""lora_llama.py beside transformers, peft and bitsandbytes: same weights, same batch, same process, in turns.
+"""lora_llama.py beside transformers, peft and bitsandbytes: same weights, same batch, same dtype, same process, in turns.
 
-    python tests/bench/bench_llama.py                     about 4 minutes on 2 cores
+    python tests/bench/bench_llama.py                     about 5 minutes on 2 cores
     python tests/bench/bench_llama.py --memory7b          builds 13.5 GB in out/, loads it in 4 bits, one LoRA step, removes it
 
-Each figure is the best of --repeat turns (a stranger's load only ever adds time); the spread is worst / best.
+Printed are medians, and the median and spread of the turns' ratios. --memory7b removes its checkpoint however it ends, kill -9 apart
+(then at its next start), and says so if the disk has no room for it.
 """
-import argparse, json, os, pathlib, shutil, subprocess, sys, tempfile, threading, time
+import argparse, math, os, pathlib, shutil, signal, sys, tempfile, threading, time
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -21,7 +22,7 @@ SMOL = dict(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidde
 
 
 def turns(repeat, **jobs):
-    """Run each job once to warm up, then all in turn, `repeat` times -> {name: (best seconds, worst / best)}."""
+    """Run each job once to warm up, then all in turn, `repeat` times -> {name: seconds (repeat,)}."""
     seconds, clock = {name: [] for name in jobs}, time.process_time if CPU_TIME else time.perf_counter
     for job in jobs.values():
         job()
@@ -30,25 +31,25 @@ def turns(repeat, **jobs):
             tic = clock()
             job()
             seconds[name].append(clock() - tic)
-    return {name: (min(s), max(s) / min(s)) for name, s in seconds.items()}
+    return {name: np.array(s) for name, s in seconds.items()}
 
 
-def show(what, ours, theirs, unit, asked, better="higher"):
-    (a, da), (b, db) = ours, theirs
-    ratio = a / b if better == "higher" else b / a
-    print(f"{what:34s} {a:10.3g} {b:10.3g} {unit:10s} ratio {ratio:5.2f}  asked {asked:8s} spread {da:.2f}, {db:.2f}", flush=True)
-    return ratio
+def show(what, seconds, amount, unit, asked, ours="ours", theirs="theirs"):
+    """One line in the form that run.py collects; amount: how much of unit a job does."""
+    r = seconds[theirs] / seconds[ours]
+    print(f"{what}, {amount / np.median(seconds[ours]):.3g} {unit} beside {amount / np.median(seconds[theirs]):.3g}: "
+          f"{np.median(r):.2f}x ({r.min():.2f}-{r.max():.2f}); asked {asked}", flush=True)
 
 
 def decode(args, folder, config):
     import transformers
     reference = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    model, n = L.load_model(folder, "float32", quiet=True), args.tokens
+    model, n = L.load_model(folder, "float32"), args.tokens
     prompt = list(range(5, 37))
     none = [config.vocab_size - 1]                  # an end that random weights will not say
     reference.generation_config.eos_token_id = none
     reference.generation_config.pad_token_id = 0
-    weights = [m.weight for m in model.modules() if isinstance(m, L.Linear)] + [model.embed_tokens.weight]
+    weights = [m.weight for m in model.modules() if isinstance(m, L.Linear)] + [model.model.embed_tokens.weight]
     size = sum(w.nbytes for w in weights)
     # the limit: the same matrices times a vector each, and nothing else
     vectors = [torch.randn(1, w.size(1)) for w in weights]
@@ -66,17 +67,21 @@ def decode(args, folder, config):
             for _ in range(8):
                 torch.nn.functional.linear(x, big)
     ids = torch.tensor([prompt])
-    run = turns(args.repeat, ours=lambda: L.generate(model, [prompt], n, none),
-                theirs=lambda: reference.generate(ids, max_new_tokens=n, do_sample=False), matvecs=matvecs, big=one_big)
-    assert L.generate(model, [prompt], n, none)[0] == reference.generate(ids, max_new_tokens=n, do_sample=False)[0, 32:].tolist()
-    rate = lambda name, k=n: (k / run[name][0], run[name][1])
-    show("greedy, batch 1", rate("ours"), rate("theirs"), "tokens/s", ">= 1.3")
-    limit, streamed = 8 / run["matvecs"][0], 8 * big.nbytes / run["big"][0] / size
-    print(f"{'':34s} {rate('ours')[0] / limit:.0%} of the {limit:.1f} tokens/s that its matrices' mat-vecs alone allow (asked >= 85%); "
-          f"{rate('ours')[0] / streamed:.0%} of {streamed:.1f}, one big matrix's rate", flush=True)
-    run = turns(args.repeat, ours=lambda: L.beam(model, prompt, 4, n, none), theirs=lambda: reference.generate(ids, max_new_tokens=n, num_beams=4, do_sample=False))
-    assert L.beam(model, prompt, 4, n, none) == reference.generate(ids, max_new_tokens=n, num_beams=4, do_sample=False)[0, 32:].tolist()
-    show("beam 4", rate("ours"), rate("theirs"), "tokens/s", ">= 1.8")
+    greedy = lambda: L.generate(model, [prompt], n, none)[0]
+    their_greedy = lambda: reference.generate(ids, max_new_tokens=n, do_sample=False)[0, 32:].tolist()
+    assert greedy() == their_greedy()
+    run = turns(args.repeat, ours=greedy, theirs=their_greedy, first=lambda: L.generate(model, [prompt], 1, none), matvecs=matvecs, big=one_big)
+    show("greedy, batch 1", run, n, "tokens/s", ">= 1.3")
+    token = (run["ours"] - run["first"]) / (n - 1)          # a token of decoding: the prompt's pass is another matter
+    limit, streamed = run["matvecs"] / 8, run["big"] / 8 * size / big.nbytes
+    for name, t in ("of its own matrices alone", limit), ("in one big matrix", streamed):
+        share = t / token
+        print(f"    {np.median(share):.0%} ({share.min():.0%}-{share.max():.0%}) of the {1 / np.median(t):.3g} tokens/s that mat-vecs {name} allow; "
+              f"asked >= 85%", flush=True)
+    beams = lambda: L.beam(model, prompt, 4, n, none)
+    their_beams = lambda: reference.generate(ids, max_new_tokens=n, num_beams=4, do_sample=False)[0, 32:].tolist()
+    assert beams() == their_beams()
+    show("beam 4", turns(args.repeat, ours=beams, theirs=their_beams), n, "tokens/s", ">= 1.8")
 
 
 def step(args, folder, config):
@@ -84,7 +89,7 @@ def step(args, folder, config):
     import peft, transformers
     reference = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
     reference = peft.get_peft_model(reference, peft.LoraConfig(r=16, lora_alpha=32, target_modules=L.TARGETS, lora_dropout=0.0)).train()
-    model = L.load_model(folder, "float32", quiet=True)
+    model = L.load_model(folder, "float32")
     L.add_lora(model, L.get_args(["--model", "x", "--lora_dropout", "0"]))
     rng = np.random.default_rng(0)
     seqs = [[([int(i) for i in rng.integers(5, 40000, 256)], 128)] for _ in range(4)]
@@ -109,7 +114,7 @@ def step(args, folder, config):
         losses.setdefault("theirs", loss.item())
     run = turns(args.repeat, ours=ours, theirs=theirs)
     assert abs(losses["ours"] - losses["theirs"]) < 1e-3, losses
-    show("LoRA step, 4 x 256, half answers", *((1024 / run[k][0], run[k][1]) for k in ("ours", "theirs")), "tokens/s", ">= 1.2")
+    show("LoRA step, 4 sequences of 256, half answers", run, 1024, "tokens/s", ">= 1.2")
 
 
 def quantize(args):
@@ -122,9 +127,8 @@ def quantize(args):
         run = turns(args.repeat, ours=lambda: L.quantize_nf4(w, False), theirs=lambda: bf.quantize_4bit(w, quant_type="nf4"),
                     back=lambda: L.dequantize_nf4(q, dtype), their_back=lambda: bf.dequantize_4bit(packed, state))
         name = str(dtype).removeprefix("torch.")
-        rate = {k: (n / t, d) for k, (t, d) in run.items()}
-        show(f"NF4 quantize {name}", rate["ours"], rate["theirs"], "M/s", ">= 5")
-        show(f"NF4 dequantize {name}", rate["back"], rate["their_back"], "M/s", "fast")
+        show(f"NF4 quantize {name}", run, n, "M/s", ">= 5")
+        show(f"NF4 dequantize {name}", run, n, "M/s", "as fast as can be", "back", "their_back")
 
 
 def resident():
@@ -152,48 +156,66 @@ class Peak:
         self.thread.join()
 
 
-def memory7b(args):
-    """Llama-2-7B's shapes with random weights in 2+ shards; each tensor is one 8 MB tile of noise over and over."""
-    folder = ROOT / "out/bench7b"
-    C, ff, V, n_layer = 4096, 11008, 32000, args.layers
+def cold(folder):
+    """Forget what of a folder's files is in memory: reading them is from the disk again."""
+    for f in folder.glob("*.safetensors"):
+        with open(f, "rb") as raw:
+            os.posix_fadvise(raw.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def build7b(folder, n_layer):
+    """Llama-2-7B's shapes with random weights in 3 shards; each tensor is one 8 MB tile of noise over and over. -> {name: shape}"""
+    C, ff, V = 4096, 11008, 32000
     spec = {"model.embed_tokens.weight": (V, C), "model.norm.weight": (C,), "lm_head.weight": (V, C)}
     for i in range(n_layer):
         spec |= {f"model.layers.{i}.self_attn.{p}_proj.weight": (C, C) for p in "qkvo"}
         spec |= {f"model.layers.{i}.mlp.{p}_proj.weight": (ff, C) for p in ("gate", "up")}
         spec |= {f"model.layers.{i}.mlp.down_proj.weight": (C, ff)}
         spec |= {f"model.layers.{i}.{p}_layernorm.weight": (C,) for p in ("input", "post_attention")}
-    tile = (torch.randn(1 << 22) * 0.02).bfloat16()
+    tile, names, shards = (torch.randn(1 << 22) * 0.02).bfloat16(), list(spec), {}
+
+    def tensor_of(name):
+        n = math.prod(spec[name])
+        return torch.ones(n, dtype=torch.bfloat16) if "norm" in name else tile.repeat(-(-n // len(tile)))[:n]
+    for k in range(3):
+        L.write_safetensors(folder / f"model-{k + 1}.safetensors", {n: (torch.bfloat16, spec[n]) for n in names[k::3]}, tensor_of)
+        shards |= {n: f"model-{k + 1}.safetensors" for n in names[k::3]}
+    L.write_json(folder / "model.safetensors.index.json", dict(weight_map=shards))
+    L.write_json(folder / "config.json", dict(
+        architectures=["LlamaForCausalLM"], model_type="llama", vocab_size=V, hidden_size=C, intermediate_size=ff, num_hidden_layers=n_layer,
+        num_attention_heads=32, num_key_value_heads=32, bos_token_id=1, eos_token_id=2, torch_dtype="bfloat16"))
+    return spec
+
+
+def memory7b(args):
+    folder, need = ROOT / "out/bench7b", (0.6 + 0.41 * args.layers) * 1e9
+    shutil.rmtree(folder, ignore_errors=True)               # of a run that was killed
+    (ROOT / "out").mkdir(exist_ok=True)
+    if shutil.disk_usage(ROOT / "out").free < need + 2e9:
+        sys.exit(f"{need / 1e9 + 2:.0f} GB of disk are needed in {ROOT / 'out'}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))         # so that the folder goes then too
     try:
-        shards, names = {}, list(spec)
-        for k in range(3):
-            part = names[k::3]
-            tensor_of = lambda n: torch.ones(spec[n], dtype=torch.bfloat16) if "norm" in n else tile.repeat(-(-int(np.prod(spec[n])) // len(tile)))[:int(np.prod(spec[n]))].view(spec[n])
-            L.write_safetensors(folder / f"model-{k + 1}.safetensors", {n: (torch.bfloat16, spec[n]) for n in part}, tensor_of)
-            shards |= {n: f"model-{k + 1}.safetensors" for n in part}
-        L.write_json(folder / "model.safetensors.index.json", dict(weight_map=shards))
-        L.write_json(folder / "config.json", dict(architectures=["LlamaForCausalLM"], model_type="llama", vocab_size=V, hidden_size=C, intermediate_size=ff,
-                     num_hidden_layers=n_layer, num_attention_heads=32, num_key_value_heads=32, bos_token_id=1, eos_token_id=2, torch_dtype="bfloat16"))
-        size = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
-        # reading and quantizing, each for itself
         tic = time.time()
+        spec = build7b(folder, args.layers)
+        print(f"{args.layers} layers of Llama-2-7B's shape, written in {time.time() - tic:.0f} s", flush=True)
+        linear, w = sum(math.prod(s) for n, s in spec.items() if "proj" in n), (torch.randn(4096, 4096) * 0.02).bfloat16()
+        # what nobody can do without: reading the files, and quantizing (at the rate of 8 matrices, after one to warm up)
+        cold(folder)
+        tic, buffer = time.time(), bytearray(1 << 24)
         for f in folder.glob("*.safetensors"):
             with open(f, "rb", buffering=0) as raw:
-                buffer = bytearray(1 << 24)
                 while raw.readinto(buffer):
                     pass
-        read, w = time.time() - tic, tile.view(1024, 4096)
-        linear = sum(int(np.prod(s)) for n, s in spec.items() if "proj" in n)
-        L.quantize_nf4(w)
-        tic = time.time()
-        for _ in range(4):
-            L.quantize_nf4(w)
-        need = (time.time() - tic) / 4 * linear / w.numel()
+        read, rate = time.time() - tic, turns(8, job=lambda: L.quantize_nf4(w))["job"]
+        quantizing = rate.mean() * linear / w.numel()
+        cold(folder)
+        del w, buffer
         with Peak() as peak:
             tic = time.time()
             model = L.load_model(folder, four_bit=True)
             took = time.time() - tic
-        bits = 8 * sum(m.q.nbytes() for m in L.linears(model).values()) / linear
-        print(f"7B shape: {size / 1e9:.1f} GB on disk, loaded in {took:.0f} s (reading alone {read:.0f} s, quantizing alone {need:.0f} s), "
+        bits, size = 8 * sum(m.q.nbytes() for m in L.linears(model).values()) / linear, sum(f.stat().st_size for f in folder.glob("*.safetensors"))
+        print(f"{size / 1e9:.1f} GB on disk, loaded in {took:.0f} s ({read:.0f} s reading alone, {quantizing:.0f} s quantizing alone), "
               f"{bits:.3f} bits per linear weight (asked <= 4.2), peak resident {peak.top / 1e9:.2f} GB (asked <= 5.5)", flush=True)
         L.add_lora(model, L.get_args(["--model", "x"]))
         model.grad_checkpoint = True
@@ -222,7 +244,7 @@ def main():
     global CPU_TIME
     CPU_TIME = args.cpu_time
     torch.set_num_threads(args.threads)
-    print(f"torch {torch.__version__}, {args.threads} threads, {'CPU' if CPU_TIME else 'wall'} time, best of {args.repeat}, load {os.getloadavg()[0]:.1f}")
+    print(f"torch {torch.__version__}, {args.threads} threads, {'CPU' if CPU_TIME else 'wall'} time, {args.repeat} turns, load {os.getloadavg()[0]:.1f}")
     if args.memory7b:
         return memory7b(args)
     if "quantize" in args.only:

@@ -47,22 +47,21 @@ def physics():
         b.paths(g["fields"], r, c, d, 50)
         return r.size * 50
 
+    games = [((g["fields"][i] > 0).tolist(), int(r[i, 0]), int(c[i, 0]), *b.STEP[d[i, 0]].tolist()) for i in range(20)]
+
     def loop():
-        for i in range(20):
-            solid, (y, x), (dy, dx) = (g["fields"][i] > 0).tolist(), (int(r[i, 0]), int(c[i, 0])), map(int, b.STEP[d[i, 0]])
+        for solid, y, x, dy, dx in games:
             for _ in range(50):
                 V, H, X = solid[y + dy][x], solid[y][x + dx], solid[y + dy][x + dx]
                 fy, fx = (V or not H, H or not V) if X else (V and H, V and H)
                 y, x, dy, dx = y + dy * (not fy), x + dx * (not fx), -dy if fy else dy, -dx if fx else dx
-        return 20 * 50
+        return len(games) * 50
     show("physics", "steps/s", in_turns(5, paths=ours, loop=loop), "paths", {"loop": "of paths: 100,000 steps/s on one core"})
 
 
 def training(size):
     ours, peer = b.Bouncer(3, 4, 128), Peer()
     g = b.make_games(np.random.default_rng(0), 8, 6, QUOTES, **SIZES[size])
-    ids, pos = (torch.from_numpy(x) for x in b.pen(g))
-    memory = [torch.from_numpy(x) for x in b.memory_of(g)]
 
     def step(model, loss):
         opt = torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
@@ -78,7 +77,11 @@ def training(size):
         job()
         return job
 
-    theirs = lambda: F.cross_entropy(peer(ids[..., :-1], pos[..., :-1, :], *memory).flatten(0, 2).float(), ids[..., 1:].flatten(), ignore_index=b.PAD)
+    def theirs():                                       # from the games on, as loss_of is
+        ids, pos, *memory = (torch.from_numpy(x) for x in (*b.pen(g), *b.memory_of(g)))
+        logits = peer(ids[..., :-1], pos[..., :-1, :], *memory)
+        return F.cross_entropy(logits.flatten(0, 2).float(), ids[..., 1:].flatten(), ignore_index=b.PAD)
+
     show(f"training, {size} mazes, {sum(w.numel() for w in ours.parameters()):,} and {sum(w.numel() for w in peer.parameters()):,} parameters", "steps/s",
          in_turns(5, ours=step(ours, lambda: b.loss_of(ours, g, "cpu")), TransformerDecoder=step(peer, theirs)), "ours", dict(TransformerDecoder="none"))
 
@@ -89,7 +92,7 @@ def generation():
     g = b.make_games(np.random.default_rng(0), 16, 1, QUOTES[-1:], **SIZES["full"])
     ids, pos = (torch.from_numpy(x) for x in b.pen(g))
     memory, L = [torch.from_numpy(x) for x in b.memory_of(g)], ids.size(2)
-    ours.head.weight[b.END] = -100.0 * ours.head.weight.mean()          # neither ends early: both write L tokens
+    ours.head.weight[b.END] = 0                         # a logit of 0 is never the largest: it does not end early, both write L - 1 tokens
 
     def cached():
         with torch.autocast("cpu", torch.bfloat16):

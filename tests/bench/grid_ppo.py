@@ -1,4 +1,4 @@
-"""ppo_char.py's grid and the claims of the system that it follows, as measured rows: python tests/bench/grid_ppo.py [--part grid|claims|kl] [--seeds N]
+"""ppo_char.py's grid and the claims of the system that it follows, as measured rows: python tests/bench/grid_ppo.py [--part grid|claims|kl|readable] [--seeds N]
 
 Each run is the default command with the flags that its row names; runs of a seed share one pretraining. A run that is done is read from
 out/grid_ppo.jsonl, so a stopped series goes on where it was. Prints markdown tables.
@@ -6,6 +6,8 @@ grid:   {PPO, GRPO, RLOO, rejection sampling} x {pattern, white_more, white_less
         that the last policy earns (mean of 256 samples), over seeds: mean, worst, seconds of reinforcement learning, KL, distinct samples
 claims: learned, sinusoidal, rotary positions; 1, 2, 3 tokens at a time; shared and separate critic; reward scale; normalisation; ...
 kl:     the KL weight, in the loss and in the reward, against reward, KL, distinct samples and surprise (nats per token under the start: how odd the text is to it)
+readable: high reward in text that the start finds ordinary. A policy does not see where the prompt ends, so --reward length, which counts from there,
+        can be had in full only by text that is marked as the policy's own, that is odd; with --prompt_len 1 all prompts end at the same place
 """
 import argparse, contextlib, io, json, pathlib, sys
 
@@ -48,9 +50,16 @@ def table(rows, seeds, columns):
         print(f"| {label} | {np.mean(reward):.3f} | {min(reward):.3f} | " + " | ".join(f"{np.mean([x[c] for x in m]):.3g}" for c in columns) + " |", flush=True)
 
 
+def blind(prompt_len):
+    """The best mean of --reward length if a text ends after T tokens in all, whatever its prompt was: what marks nothing can reach no more."""
+    args = pc.get_args(["--prompt_len", str(prompt_len)])
+    R, left = args.max_new, pc.draw_prompts(pc.Corpus(args).train, 20000, 1, args, np.random.default_rng(0))[1].numpy()
+    return max(np.clip(1 - abs(T - (prompt_len - left) - R // 2) / (R - R // 2), 0, 1).mean() for T in range(prompt_len + R))
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--part", default="all", choices=["all", "grid", "claims", "kl"])
+    p.add_argument("--part", default="all", choices=["all", "grid", "claims", "kl", "readable"])
     p.add_argument("--seeds", type=int, default=5)
     args = p.parse_args()
     columns = ["beam", "kl", "distinct", "surprise", "rl_seconds"]
@@ -67,6 +76,11 @@ def main():
     if args.part in ("all", "kl"):
         table({f"length, --kl_in {w} --kl {k}": f"--reward length --kl_in {w} --kl {k}" for w in ("loss", "reward") for k in ("0", "0.002", "0.01", "0.03", "0.1")},
               1, columns)
+    if args.part in ("all", "readable"):
+        for P in (8, 1):
+            print(f"\nprompts of up to {P} tokens: without a mark at most {blind(P):.3f}")
+            table({f"length, prompts of {P}{flags and ', ' + flags}": f"--reward length --prompt_len {P} {flags}"
+                   for flags in ("", "--kl_in reward --kl 0.03 --rl_lr 5e-4")}, min(args.seeds, 3), columns)
 
 
 if __name__ == "__main__":

@@ -315,6 +315,17 @@ def test_parsing_what_teachers_write():
         si.parse_pairs(evil)
     assert time.time() - begin < 3
 
+def test_the_teacher_made_of_rules_says_what_the_guides_say():
+    guides, text = si.read_guides(arguments())[0], {}
+    for name, _, guide in guides:
+        text[name] = " ".join(guide.split())
+    rows = [(job, q, a) for job in si.plan(guides, arguments("--passes", 3)) for q, a in si.parse_pairs(si.cloze(job))[0]]
+    who = [q.startswith("Which piece is it?") for _, q, _ in rows]
+    assert 100 < sum(who) < len(who) - 100
+    for (job, q, a), w in zip(rows, who):
+        name = si.name_pattern(job["name"])
+        assert "___" in q and (a == job["name"] and not name.search(q) if w else q.split(": ", 1)[1].replace("___", a) in text[job["name"]])
+
 # ---- dirty input -----------------------------------------------------------------------------------------------------------
 
 def test_html():

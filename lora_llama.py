@@ -11,8 +11,7 @@ Measured: default command, one core of an AMD EPYC shared with others, torch 2.1
 Papers: Llama 2 (arXiv 2307.09288, section 3.1), LoRA (2106.09685), QLoRA (2305.14314), rsLoRA (2312.03732).
 Differs from Llama 2's SFT in: 1. examples packed in one sequence do not see each other; 2. LoRA, not all weights, hence the
     larger learning rate; 3. the loss is a mean over the answer tokens of the whole batch, however the batch is cut up.
-Differs from QLoRA in: no paged optimizer; LoRA's moments are small, gradient checkpointing bounds the rest.
-Not handled: other architectures, biases, DoRA, chat templates, 4-bit head or embedding, models cut over several cards.
+Not handled: other architectures, biases, DoRA, chat templates, 4-bit head or embedding, QLoRA's paged optimizer, several cards' memory.
 """
 import base64, collections, functools, hashlib, heapq, itertools, json, math, os, pathlib, re, shutil, sys, time, types
 
@@ -75,7 +74,8 @@ def get_args(argv=None):
     if args.smoke:
         p.set_defaults(epochs=1.0, max_new=16)
     args = p.parse_args(argv)
-    low, high = dict(seed=0, length_penalty=-50), dict(lora_dropout=1, held_out=1, top_p=1, length_penalty=50)     # other counts: from 1 on
+    low = dict(seed=0, top_p=1e-6, repetition_penalty=0.01, length_penalty=-50)     # other whole numbers begin at 1, others at 0
+    high = dict(lora_dropout=1, held_out=1, top_p=1, length_penalty=50)
     wrong = [k for k, v in vars(args).items() if type(v) in (int, float) and not low.get(k, isinstance(v, int)) <= v <= high.get(k, 1e9)]
     return p.error(f"argument --{wrong[0]}: {getattr(args, wrong[0])} is out of range") if wrong else args
 
@@ -110,14 +110,13 @@ class CharBPE(ByteBPE):
     make -> rank, lower first; prefix: the text gets a space in front "always", "unless there" or "never"."""
     def __init__(self, vocab, special, add_bos, ranks, prefix):
         self.vocab, self.special, self.add_bos, self.ranks, self.prefix = vocab, special, add_bos, ranks, prefix
-        self.spelled = [f"<0x{b:02X}>" for b in range(256)]
         self.bytes = {i: p.replace(SPACE, " ").encode() for p, i in vocab.items() if p not in special}
-        self.bytes |= {vocab[p]: bytes([b]) for b, p in enumerate(self.spelled)}
+        self.bytes |= {vocab[f"<0x{b:02X}>"]: bytes([b]) for b in range(256)}
     def encode(self, text):
         text = text.replace(" ", SPACE)
         if text and (self.prefix == "always" or self.prefix == "unless there" and text[0] != SPACE):
             text = SPACE + text
-        parts = [p for c in text for p in ([c] if c in self.vocab else [self.spelled[b] for b in c.encode("utf-8", "replace")])]
+        parts = [p for c in text for p in ([c] if c in self.vocab else [f"<0x{b:02X}>" for b in c.encode("utf-8", "replace")])]
         # a linked list of parts and a heap of possible merges: O(n log n), for there are no words, the text is one piece
         left, right, heap = list(range(-1, len(parts))), list(range(1, len(parts) + 1)), []
         def offer(i):
@@ -371,10 +370,9 @@ def linears(model):
 # ---- the idea, first half: 4 bits by NF4 (QLoRA, arXiv 2305.14314) -----------------------------------------------------------
 
 # quantiles of a normal distribution, scaled to [-1, 1], with an exact zero (QLoRA, appendix E; bitsandbytes' digits)
-NF4_CODE = torch.tensor([
-    -1, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334, -0.09105003625154495,
-    0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
-    0.7229568362236023, 1])
+NF4_CODE = torch.tensor([-1, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022833234,
+                         -0.09105003625154495, 0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+                         0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1])
 MIDPOINTS = (NF4_CODE[1:] + NF4_CODE[:-1]) / 2
 BLOCK, BLOCK2 = 64, 256         # weights that share a maximum; maxima that share one when they are quantized too
 CHUNK = 1 << 18                 # elements worked on at once: they stay in a core's cache
@@ -795,8 +793,7 @@ def make_demo(args, device):
         (folder / "train.pt").unlink()
     while not (folder / "model.safetensors").exists():
         time.sleep(0.1)
-    print(f"pretrained {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters on {len(lines)} documents, {epochs} times over, "
-          f"to a last loss of {loss:.3f} nats per byte: {folder}")
+    print(f"pretrained {sum(p.numel() for p in model.parameters()):,} parameters, {epochs} x {len(lines)} lines: {folder}, loss {loss:.3f}")
     return folder
 
 # ---- main --------------------------------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ STEP = np.array(list(DIRECTIONS.values()))
 # (PLAIN, nine displacements, and NEWLINE are only used by tests/bench/compare_bounce.py)
 MOVE, PLAIN, CHAR, END, PAD, NULL, WALL, CELL, NEWLINE, VOCAB = 0, 16, 25, 120, 121, 122, 122, 126, 127, 128
 SIGN = np.array(list("?" * CHAR + "".join(map(chr, range(32, 127))) + "???" + GLYPHS[1:] + "??"))       # how a token looks in a grid
-characters = lambda text: [CHAR + ord(x) - 32 for x in text]
+characters = lambda text: [CHAR + ord(x) - 32 for x in text]           # its tokens
 # what a token adds to the pen's place, (VOCAB, 2) rows and columns: moves alone add anything, and this is all that the harness knows
 SHIFT = np.concatenate([(STEP[:, None] * np.array([(1, 1), (1, 0), (0, 1), (0, 0)])).reshape(16, 2), np.zeros((VOCAB - 16, 2), int)])
 
@@ -358,7 +358,7 @@ class Bouncer(nn.Module):
 # read as text, what stands one row up stands W + 1 characters back: another number in every maze.
 
 def pen(g):
-    """move and letter for every step, and the end -> ids (M, n, 2T+2), pos (M, n, 2T+2, 3).
+    """Games g, as make_games makes them -> move and letter for every step, and the end: ids (M, n, 2T+2), pos (M, n, 2T+2, 3).
 
         token        SE      I       SE      '       SE      m      ...     PAD after the end
         position    start  start   there   there   there'  there'           a move stands where it has led to
@@ -418,10 +418,10 @@ def generate(model, g, device, draw="code"):
     tokens = torch.stack(out, 2).cpu().numpy()
     if draw == "code":
         return tokens, None
-    # after its paths the model is asked for every cell of every field; the cells do not see each other
+    # the model is asked for every cell, few at a time: cells do not see each other, but their scores are computed before they are masked
     (M, n), (H, W), grids = ids.shape, g["fields"].shape[1:], []
     T = torch.tensor([float(len(x)) for x in g["texts"]], device=device)[:, None, None, None]
-    for at in torch.cartesian_prod(torch.arange(H), torch.arange(W)).float().to(device).split(512):
+    for at in torch.cartesian_prod(torch.arange(H), torch.arange(W)).float().to(device).split(128):
         pos = torch.cat([at.expand(M, n, -1, 2), T.expand(M, n, len(at), 1)], 3)                # (M, n, cells, 3)
         logits, _ = model(torch.full(pos.shape[:3], CELL, device=device), pos, memory, past, cells=len(at))
         grids.append(logits.argmax(-1))

@@ -593,7 +593,7 @@ def main():
     common.log_result("selfinstruct.py", args, time.time() - start, metrics)
     if teacher.unmade:
         print(f"--max_cost {args.max_cost:g} left {teacher.unmade} requests unmade; the same command with more goes on")
-    print(f"next: python lora_llama.py --data {out / 'train.jsonl'} --prompts {out / 'heldout.jsonl'}")
+    print(f"next: python lora_llama.py --data {out / 'train.jsonl'} --prompts {out / 'heldout.jsonl'} --epochs 5")      # 15: by heart
 
 
 if __name__ == "__main__":

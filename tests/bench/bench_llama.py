@@ -1,12 +1,12 @@
 """lora_llama.py beside transformers, peft and bitsandbytes: same weights, same batch, same dtype, same process, in turns.
 
-    python tests/bench/bench_llama.py                     about 5 minutes on 2 cores
+    python tests/bench/bench_llama.py                     some minutes on 2 cores
     python tests/bench/bench_llama.py --memory7b          builds 13.5 GB in out/, loads it in 4 bits, one LoRA step, removes it
 
 Printed are medians, and the median and spread of the turns' ratios. --memory7b removes its checkpoint however it ends, kill -9 apart
 (then at its next start), and says so if the disk has no room for it.
 """
-import argparse, math, os, pathlib, shutil, signal, sys, tempfile, threading, time
+import argparse, contextlib, math, os, pathlib, shutil, signal, sys, tempfile, time
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -21,9 +21,13 @@ SMOL = dict(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidde
             max_position_embeddings=2048, rope_theta=1e5, tie_word_embeddings=True, bos_token_id=0, eos_token_id=0)
 
 
+def clock():
+    return time.process_time() if CPU_TIME else time.perf_counter()
+
+
 def turns(repeat, **jobs):
     """Run each job once to warm up, then all in turn, `repeat` times -> {name: seconds (repeat,)}."""
-    seconds, clock = {name: [] for name in jobs}, time.process_time if CPU_TIME else time.perf_counter
+    seconds = {name: [] for name in jobs}
     for job in jobs.values():
         job()
     for _ in range(repeat):
@@ -131,29 +135,15 @@ def quantize(args):
         show(f"NF4 dequantize {name}", run, n, "M/s", "as fast as can be", "back", "their_back")
 
 
-def resident():
-    """Resident memory of this process now, in bytes."""
-    for line in open("/proc/self/status"):
-        if line.startswith("VmRSS"):
-            return int(line.split()[1]) * 1024
-
-
 class Peak:
-    """The largest resident memory while the block runs, looked at every 5 ms."""
+    """The largest resident memory while the block runs, in bytes, as Linux keeps it: mapped files count while their pages are in."""
     def __enter__(self):
-        self.top, self.run = resident(), True
-        self.thread = threading.Thread(target=self.watch)
-        self.thread.start()
+        with contextlib.suppress(OSError):      # where it cannot be set back, it is the largest since the start
+            pathlib.Path("/proc/self/clear_refs").write_text("5")
         return self
 
-    def watch(self):
-        while self.run:
-            self.top = max(self.top, resident())
-            time.sleep(0.005)
-
     def __exit__(self, *e):
-        self.run = False
-        self.thread.join()
+        self.top = 1024 * next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
 
 
 def cold(folder):
@@ -195,37 +185,37 @@ def memory7b(args):
         sys.exit(f"{need / 1e9 + 2:.0f} GB of disk are needed in {ROOT / 'out'}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))         # so that the folder goes then too
     try:
-        tic = time.time()
+        tic = clock()
         spec = build7b(folder, args.layers)
-        print(f"{args.layers} layers of Llama-2-7B's shape, written in {time.time() - tic:.0f} s", flush=True)
+        print(f"{args.layers} layers of Llama-2-7B's shape, written in {clock() - tic:.0f} s", flush=True)
         linear, w = sum(math.prod(s) for n, s in spec.items() if "proj" in n), (torch.randn(4096, 4096) * 0.02).bfloat16()
         # what nobody can do without: reading the files, and quantizing (at the rate of 8 matrices, after one to warm up)
         cold(folder)
-        tic, buffer = time.time(), bytearray(1 << 24)
+        tic, buffer = clock(), bytearray(1 << 24)
         for f in folder.glob("*.safetensors"):
             with open(f, "rb", buffering=0) as raw:
                 while raw.readinto(buffer):
                     pass
-        read, rate = time.time() - tic, turns(8, job=lambda: L.quantize_nf4(w))["job"]
+        read, rate = clock() - tic, turns(8, job=lambda: L.quantize_nf4(w))["job"]
         quantizing = rate.mean() * linear / w.numel()
         cold(folder)
         del w, buffer
         with Peak() as peak:
-            tic = time.time()
+            tic = clock()
             model = L.load_model(folder, four_bit=True)
-            took = time.time() - tic
+            took = clock() - tic
         bits, size = 8 * sum(m.q.nbytes() for m in L.linears(model).values()) / linear, sum(f.stat().st_size for f in folder.glob("*.safetensors"))
-        print(f"{size / 1e9:.1f} GB on disk, loaded in {took:.0f} s ({read:.0f} s reading alone, {quantizing:.0f} s quantizing alone), "
+        print(f"{size / 1e9:.1f} GB on disk, loaded in {took:.1f} s ({read:.1f} s reading alone, {quantizing:.1f} s quantizing alone), "
               f"{bits:.3f} bits per linear weight (asked <= 4.2), peak resident {peak.top / 1e9:.2f} GB (asked <= 5.5)", flush=True)
         L.add_lora(model, L.get_args(["--model", "x"]))
         model.grad_checkpoint = True
         with Peak() as peak:
-            tic = time.time()
+            tic = clock()
             opt = torch.optim.AdamW(L.lora_parameters(model).values())
             loss, n = L.loss_of(model.train(), [[(list(range(5, 5 + args.step_tokens)), 8)]])
             (loss / n).backward()
             opt.step()
-        print(f"one LoRA step of {args.step_tokens} tokens: {time.time() - tic:.0f} s, peak resident {peak.top / 1e9:.2f} GB (asked <= 24)")
+        print(f"one LoRA step of {args.step_tokens} tokens: {clock() - tic:.0f} s, peak resident {peak.top / 1e9:.2f} GB (asked <= 24)")
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -304,7 +304,7 @@ class Bouncer(nn.Module):
     def __init__(self, n_layer, n_head, n_embd):
         super().__init__()
         C, pairs = n_embd, n_embd // n_head // 2
-        self.wte, self.kind = nn.Embedding(VOCAB, C), nn.Embedding(5, C)
+        self.wte, self.before, self.kind = nn.Embedding(VOCAB, C), nn.Embedding(VOCAB, C), nn.Embedding(5, C)
         self.blocks = nn.ModuleList(Block(C, n_head) for _ in range(n_layer))
         self.ln_mem, self.ln_out, self.head = nn.LayerNorm(C), nn.LayerNorm(C), nn.Linear(C, VOCAB, bias=False)
         for name, w in self.named_parameters():
@@ -313,9 +313,8 @@ class Bouncer(nn.Module):
                 nn.init.normal_(w, std=C**-0.5 * (2 * n_layer)**(-0.5 if last else 0))
         # what all letters share (being letters) stands out from what tells them apart: attention by position alone is then easy
         # to find. with one embedding per token the letters took three times as many steps
-        nn.init.normal_(self.wte.weight, std=0.5)
-        nn.init.normal_(self.kind.weight, std=1.0)
-        nn.init.normal_(self.head.weight, std=0.02)
+        for part, std in ((self.wte, 0.5), (self.before, 0.5), (self.kind, 1.0), (self.head, 0.02)):
+            nn.init.normal_(part.weight, std=std)
         axes = torch.tensor([3, 3, 2]) * pairs // 8                                 # so many pairs for row, column and time
         omega = [2.2 * (0.1 / 2.2)**(i / (m - 1)) for m in axes.tolist() for i in range(m)]     # radians per cell or step
         axis = torch.arange(3).repeat_interleave(axes)
@@ -340,15 +339,19 @@ class Bouncer(nn.Module):
     def forward(self, ids, pos, memory, past=None, cells=0):
         """ids (M, n, T), pos (M, n, T, 3) -> logits (M, n, T, VOCAB) and the cache. The last `cells` tokens see all before them
         and themselves, not each other."""
-        x, (cos, sin), T, new = self.embed(ids, pos), self.angles(pos), ids.size(2), []
-        S = T + (past[0][0].size(3) if past else 0)
+        (cos, sin), T, new = self.angles(pos), ids.size(2), []
+        # a token knows the one before it: else a letter, at which the next move is due, would not know the heading until the first block
+        # has fetched it, and the heads of that block would look the same way for every heading
+        before = torch.cat([past[-1] if past else torch.full_like(ids[..., :1], NULL), ids[..., :-1]], 2)
+        before[..., T - cells:] = NULL
+        x, S = self.embed(ids, pos) + self.before(before), T + (past[0][0].size(3) if past else 0)
         mask = torch.full((T, S), -torch.inf, device=ids.device).triu(S - T + 1)
         if cells:
             mask[T - cells:, S - cells:] = mask.new_full((cells, cells), -torch.inf).fill_diagonal_(0)
         for i, block in enumerate(self.blocks):
             x, kv = block(x, cos, sin, memory[i], mask, past[i] if past else None)
             new.append(kv)
-        return self.head(self.ln_out(x)), new
+        return self.head(self.ln_out(x)), [*new, ids[..., -1:]]
 
 # ---- the idea: a token stands where the pen is -------------------------------------------------------------------------------
 
@@ -477,7 +480,7 @@ def show(model, g, args, device):
     red = (lambda x: f"\033[1;31m{x}\033[0m") if sys.stdout.isatty() else (lambda x: "?" if x == " " else x)
     print(f"{list(DIRECTIONS)[g['D'][0, 0, 0]]}: {truth}\n\n{'the model':{len(got[0])}}   the truth")
     for a, b in zip(got, want):
-        print("".join(x if x == y else red(x) for x, y in zip(a, b)) + "   " + "".join(b))
+        print(*(x if x == y else red(x) for x, y in zip(a, b)), "   ", *b, sep="")
     print(f"\n{(got != want).sum()} cells differ")
 
 # ---- training --------------------------------------------------------------------------------------------------------------
@@ -540,8 +543,7 @@ def train(args, quotes, file, device, kind=Bouncer):
             seconds = time.time() - began
             bar.set_postfix(loss=f"{np.mean(losses[-100:]):.5f}")
             if rank == 0:
-                state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step + 1, seconds=seconds)
-                common.save_checkpoint(file, state)
+                common.save_checkpoint(file, dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step + 1, seconds=seconds))
     return model.eval(), seconds
 
 # ---- main ------------------------------------------------------------------------------------------------------------------
@@ -575,8 +577,8 @@ def main():
     if args.show or args.field:
         return show(model, g, args, device)
     metrics = dict(parameters=sum(w.numel() for w in model.parameters()), train_seconds=round(seconds))
-    print(f"\n{metrics['parameters']:,} parameters, {seconds:.0f} s of training")
     tall, wide = (int(1.5 * x[1]) for x in (args.height, args.width))
+    print(f"\n{metrics['parameters']:,} parameters, {seconds:.0f} s of training")
     long = sorted((f"{a} {b}" for a, b in zip(unseen, unseen[len(unseen) // 2:])), key=len)
     beyond = {"": (unseen, {}), f", {tall} x {wide}": (unseen, dict(height=[tall] * 2, width=[wide] * 2)),
               ", two quotes in one": (long, {}), ", twice the walls": (unseen, dict(bars=2 * args.bars))}

@@ -62,7 +62,7 @@ def get_args(argv=None):
     p.flag("rl_lr", 2e-3, "AdamW's learning rate in reinforcement learning")
     p.flag("clip", 0.2, "how far the ratio may go from 1, and a value from its old one, in one round")
     p.flag("gamma", 1.0, "discount; 1: texts are short, and what counts is their whole score")
-    p.flag("lam", 0.95, "GAE's lambda: 1 trusts the returns, 0 the critic")
+    p.flag("lam", 0.95, "GAE's lambda: 1 trusts the returns, 0 the critic; below 1, a critic that knows nothing yet favours early ends")
     p.flag("kl", 0.002, "weight of the KL divergence to the frozen start: higher keeps the text nearer to what it was")
     p.flag("kl_in", "loss", "GRPO's way, steady before any reward is found, or Llama 2's, which keeps nearer", choices=["loss", "reward"])
     p.flag("entropy", 0.0, "weight of the entropy bonus")

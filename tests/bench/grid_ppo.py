@@ -79,8 +79,10 @@ def main():
     if args.part in ("all", "readable"):
         for P in (8, 1):
             print(f"\nprompts of up to {P} tokens: without a mark at most {blind(P):.3f}")
-            table({f"length, prompts of {P}{flags and ', ' + flags}": f"--reward length --prompt_len {P} {flags}"
-                   for flags in ("", "--kl_in reward --kl 0.03 --rl_lr 5e-4")}, min(args.seeds, 3), columns)
+            for label, corpus in (("", ""), ("quotes alone, ", f"--corpus {pc.DATA}/quotes.txt --max_new 40 "))[:1 if P > 1 else 2]:
+                print()
+                table({f"{label}{flags or 'default'}": f"{corpus}--reward length --prompt_len {P} {flags}"
+                       for flags in ("", "--kl_in reward --kl 0.03 --rl_lr 5e-4")}, min(args.seeds, 3), columns)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
 Next-token sampling, beam search, a small numpy renderer and mp4 writer, files that are never half-written, and errors
 that are one sentence. Nothing here has an idea in it; copy it beside any script of this repository and the script runs.
 """
-import argparse, collections, contextlib, csv, glob, hashlib, io, json, math, mmap, os, pathlib, platform, re, sys, threading, time
-import unicodedata
+import argparse, collections, contextlib, csv, glob, hashlib, io, itertools, json, math, mmap, os, pathlib, platform, re, sys, threading
+import time, unicodedata
 
 import numpy as np
 import torch
@@ -154,6 +154,28 @@ def download(url, path, size=None, sha256=None, headers=None):
             sorry(f"{part} has sha256 {found}, not {sha256}; remove it to try again")
     os.replace(part, path)
     return path
+
+
+def fetch_hub(name, wanted, rank=0, instead=""):
+    """The files of a Hub id (owner/name) that fullmatch the first of wanted that any does, and config.json, downloaded to out/hub: resumed, sizes
+    and hashes checked, HF_TOKEN honoured, by the process of rank 0 while others wait. instead: what else the user may do. -> the folder"""
+    re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) or sorry(f"--model {name}: no such folder, and no Hub id (owner/name) either{instead}")
+    folder, hub = pathlib.Path("out/hub") / name, os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    while rank and not (folder / "config.json").exists():
+        time.sleep(1)
+    if not (folder / "config.json").exists():       # it comes last: where it is, all is
+        import requests
+        token = "".join(os.environ.get("HF_TOKEN", "").split())     # a line break in it, and requests would quote it in its complaint
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        with reading(f"{hub}'s list of {name}{instead}"):
+            answer = requests.get(f"{hub}/api/models/{name}/tree/main", headers=headers, timeout=30)
+            answer.ok or sorry(f"{hub} refuses {name} (HTTP {answer.status_code}); if it is gated, ask for access there and set HF_TOKEN"
+                               + instead)
+            files = {f["path"]: (f["size"], f.get("lfs", {}).get("oid")) for f in answer.json() if f["type"] == "file"}
+        kind = next((w for w in wanted if any(re.fullmatch(w, f) for f in files)), None) or sorry(f"{hub}/{name} holds no weights that fit{instead}")
+        for f in sorted((f for f in files if re.fullmatch(rf"{kind}|config\.json", f)), key="config.json".__eq__):
+            download(f"{hub}/{name}/resolve/main/{f}", folder / f, *files[f], headers=headers)
+    return folder
 
 
 def log_result(script, args, seconds, metrics):
@@ -640,6 +662,38 @@ def write_safetensors(path, spec, tensor_of):
         f.write(len(head).to_bytes(8, "little") + head)
         for name, (dtype, _) in spec.items():
             f.write(tensor_of(name).detach().to("cpu", dtype).contiguous().view(-1).view(torch.uint8).numpy())
+
+
+def read_protobuf(raw):
+    """[(field, value)] of one protobuf message: ints, or bytes for strings, messages and fixed-width numbers."""
+    stream, out = iter(raw), []
+
+    def varint(byte):                               # seven bits a byte, the lowest first; the eighth says that more come
+        return byte if byte < 128 else byte - 128 + (varint(next(stream)) << 7)
+
+    for byte in stream:
+        field, kind = divmod(varint(byte), 8)
+        value = varint(next(stream)) if kind in (0, 2) else {1: 8, 5: 4}[kind]
+        if kind:                                    # the value so far is a length
+            length, value = value, bytes(itertools.islice(stream, value))
+            if len(value) < length:
+                raise ValueError("it is cut short")
+        out.append((field, value))
+    return out
+
+
+def read_sentencepiece(raw):
+    """A tokenizer.model (sentencepiece_model.proto) of BPE with byte fallback and without normalization -> the pieces' texts, their
+    scores, their kinds (1 normal, 2 unknown, 3 control, 6 byte), and whether a space is put before the text. ValueError: another sort."""
+    message = read_protobuf(raw)
+    pieces = [dict(read_protobuf(v)) for f, v in message if f == 1]
+    trainer, norm = (dict(read_protobuf(dict(message)[f])) for f in (2, 3))
+    text, kinds = [p[1].decode() for p in pieces], [p.get(3, 1) for p in pieces]
+    # trainer: 3 is model_type (2: BPE), 35 byte_fallback; norm: 2 is a table of replacements, 4 remove_extra_whitespaces,
+    # 5 escape them; kinds that are not handled: 4 user-defined, 5 unused
+    if trainer.get(3) != 2 or not trainer.get(35) or norm.get(2) or norm.get(4, 1) or not norm.get(5, 1) or {4, 5} & {*kinds}:
+        raise ValueError("only sentencepiece's BPE with byte fallback and without normalization is handled")
+    return text, [np.frombuffer(p.get(2, bytes(4)), "<f4")[0] for p in pieces], kinds, bool(norm.get(3, 1))
 
 # ---- part 8: a server that answers, and what was paid ------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ Differs from Llama 2's SFT in: 1. examples packed in one sequence do not see eac
     larger learning rate; 3. the loss is a mean over the answer tokens of the whole batch, however the batch is cut up.
 Not handled: other architectures, biases, DoRA, chat templates, 4-bit head or embedding, QLoRA's paged optimizer, several cards' memory.
 """
-import base64, collections, functools, hashlib, heapq, itertools, json, math, os, pathlib, re, shutil, sys, time, types
+import base64, collections, functools, hashlib, heapq, json, math, os, pathlib, re, shutil, sys, time, types
 
 import numpy as np
 import torch
@@ -184,34 +184,12 @@ def from_tiktoken(raw):
     special = {"<|begin_of_text|>": n, "<|end_of_text|>": n + 1, "<|eot_id|>": n + 9, "<|reserved_special_token_247|>": n + 255}
     return ByteBPE(vocab, special, True, LLAMA3)
 
-def protobuf(raw):
-    """[(field, value)] of one protobuf message: ints, or bytes for strings, messages and fixed-width numbers."""
-    stream, out = iter(raw), []
-    def varint(byte):                           # seven bits a byte, the lowest first; the eighth says that more come
-        return byte if byte < 128 else byte - 128 + (varint(next(stream)) << 7)
-    for byte in stream:
-        field, kind = divmod(varint(byte), 8)
-        value = varint(next(stream)) if kind in (0, 2) else {1: 8, 5: 4}[kind]
-        if kind:                                # the value so far is a length
-            length, value = value, bytes(itertools.islice(stream, value))
-            if len(value) < length:
-                raise ValueError("it is cut short")
-        out.append((field, value))
-    return out
-
 def from_sentencepiece(raw):
-    """tokenizer.model (sentencepiece_model.proto): pieces with scores, BPE with byte fallback, no normalization."""
-    message = protobuf(raw)
-    pieces, (trainer, norm) = [dict(protobuf(v)) for f, v in message if f == 1], [dict(protobuf(dict(message)[f])) for f in (2, 3)]
-    text, kinds = [p[1].decode() for p in pieces], [p.get(3, 1) for p in pieces]
-    # trainer: 3 is model_type (2: BPE), 35 byte_fallback; norm: 2 is a table of replacements, 4 remove_extra_whitespaces,
-    # 5 escape them; kinds of piece: 1 normal, 2 unknown, 3 control, 4 user-defined, 5 unused, 6 byte
-    if trainer.get(3) != 2 or not trainer.get(35) or norm.get(2) or norm.get(4, 1) or not norm.get(5, 1) or {4, 5} & {*kinds}:
-        raise ValueError("only sentencepiece's BPE with byte fallback and without normalization is handled")
-    # any two pieces that together are a piece may make it; the best score, a float32, goes first
-    ranks = {t: -np.frombuffer(p.get(2, bytes(4)), "<f4")[0] for t, p, k in zip(text, pieces, kinds) if k == 1}
-    special = {t: i for i, (t, k) in enumerate(zip(text, kinds)) if k in (2, 3)}
-    return CharBPE({t: i for i, t in enumerate(text)}, special, True, ranks, "always" if norm.get(3, 1) else "never")
+    """tokenizer.model as Llama 2 has it: any two pieces that together are a piece may make it; the best score goes first."""
+    text, scores, kinds, prefix = common.read_sentencepiece(raw)
+    ranks = {t: -score for t, score, kind in zip(text, scores, kinds) if kind == 1}             # kinds: 1 normal, 2 unknown, 3 control
+    special = {t: i for i, (t, kind) in enumerate(zip(text, kinds)) if kind in (2, 3)}
+    return CharBPE({t: i for i, t in enumerate(text)}, special, True, ranks, "always" if prefix else "never")
 
 # ---- data: many examples in one sequence, each by itself ---------------------------------------------------------------------
 
@@ -538,27 +516,6 @@ def add_lora(model, args, names=None):
 STATE = ".quant_state.bitsandbytes__nf4"            # what bitsandbytes keeps beside an NF4 matrix and nowhere else
 PEFT = "base_model.model."                          # what stands before each name in peft's files
 
-def fetch_model(name):
-    """A folder as it is, or a Hub id's files, downloaded to out/hub (resumed, sizes and hashes checked). -> the folder"""
-    if pathlib.Path(name).is_dir():
-        return pathlib.Path(name)
-    re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) or sorry(f"--model {name}: no such folder, and no Hub id (owner/name) either")
-    folder, hub = pathlib.Path("out/hub") / name, os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    while RANK and not (folder / "config.json").exists():           # one process downloads, the others wait
-        time.sleep(1)
-    if not (folder / "config.json").exists():       # it comes last: where it is, all is
-        import requests
-        token = "".join(os.environ.get("HF_TOKEN", "").split())     # a line break in it, and requests would quote it in its complaint
-        headers = {"Authorization": f"Bearer {token}"} if token else {}
-        with reading(f"{hub}'s list of {name}"):
-            answer = requests.get(f"{hub}/api/models/{name}/tree/main", headers=headers, timeout=30)
-            answer.ok or sorry(f"{hub} refuses {name} (HTTP {answer.status_code}); if it is gated, ask for access there and set HF_TOKEN")
-            files = {f["path"]: (f["size"], f.get("lfs", {}).get("oid")) for f in answer.json() if f["type"] == "file"}
-        wanted = [f for f in files if re.fullmatch(r"model[\w-]*\.safetensors(\.index\.json)?|tokenizer\.(json|model)|config\.json", f)]
-        for f in sorted(wanted, key="config.json".__eq__):  # config.json last
-            common.download(f"{hub}/{name}/resolve/main/{f}", folder / f, *files[f], headers=headers)
-    return folder
-
 def stored_nf4(name, found, device):
     """An NF4 as bitsandbytes writes it: beside `name` lie its .absmax, .quant_map, .quant_state and, if nested, two more."""
     with reading(f"{name} in {found[name].path}, which should be in bitsandbytes' NF4 layout,"):
@@ -753,17 +710,6 @@ def train(model, packed, epochs, lr, batch_size, path, args, name):
             common.save_checkpoint(path, dict(run=run, step=step + 1, loss=loss, opt=opt.state_dict(), params=params))
     return loss
 
-def write_byte_tokenizer(path):
-    """The demo's tokenizer.json: 256 bytes and three special tokens, no merges; Hugging Face's tokenizers opens it too."""
-    level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True)
-    names, plain = ["<|begin|>", "<|end|>", "<|sep|>"], dict(single_word=False, lstrip=False, rstrip=False, normalized=False)
-    begin, text = {"SpecialToken": dict(id=names[0], type_id=0)}, {"Sequence": dict(id="A", type_id=0)}
-    write_json(path, dict(
-        version="1.0", pre_tokenizer=level, decoder=level, model=dict(type="BPE", vocab=BYTE_OF, merges=[]),
-        added_tokens=[dict(id=256 + i, content=n, special=True, **plain) for i, n in enumerate(names)],
-        post_processor=dict(type="TemplateProcessing", single=[begin, text], pair=[begin, text],
-                            special_tokens={names[0]: dict(id=names[0], ids=[256], tokens=[names[0]])})))
-
 def make_demo(args, device):
     """Pretrain a byte-level Llama on data/texts, one document a line, and write it as a Hugging Face folder -> the folder."""
     lines = [line for f in sorted(DATA.glob("texts/*.txt")) for line in f.read_text("utf-8", "replace").splitlines() if line]
@@ -776,7 +722,7 @@ def make_demo(args, device):
     if (folder / "model.safetensors").exists():
         return folder
     if RANK == 0:                           # under torchrun one process writes
-        write_byte_tokenizer(folder / "tokenizer.json")
+        write_json(folder / "tokenizer.json", read_json(DATA / "bytes_tokenizer.json"))     # 256 bytes, three special tokens, no merges
         write_json(folder / "config.json", config)
     while not (folder / "config.json").exists():
         time.sleep(0.1)
@@ -805,7 +751,8 @@ def main():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         torch.distributed.init_process_group("nccl" if device == "cuda" else "gloo")
         sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")         # one voice
-    folder = make_demo(args, device) if args.model == "demo" else fetch_model(args.model)
+    wanted, local = r"model[\w-]*\.safetensors(\.index\.json)?|tokenizer\.(json|model)", pathlib.Path(args.model)
+    folder = make_demo(args, device) if args.model == "demo" else local if local.is_dir() else common.fetch_hub(args.model, [wanted], RANK)
     tok, model = load_tokenizer(folder), load_model(folder, args.dtype, args.load_4bit, args.double_quant, device)
     model.grad_checkpoint = args.grad_checkpoint
     # what ends a turn stands between prompt and answer: the demo's and Llama 3's own token, for others EOS

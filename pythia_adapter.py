@@ -14,7 +14,7 @@ After Small-LLM's adapter on Pythia-410M, which made 74.9 +- 108 of 1200. Differ
 3. small tokens (0.03), large random weights (0.06): with 1 and 0.02 the trunk adds too little, and 300 becomes 2735
 Not handled: other architectures than GPT-NeoX; dropout; targets above the ladder's top (5900).
 """
-import functools, hashlib, json, math, os, pathlib, re, subprocess, sys, time
+import functools, hashlib, json, math, pathlib, re, subprocess, sys, time
 
 import numpy as np
 import torch
@@ -173,28 +173,10 @@ def load_trunk(folder, dtype=torch.float32):
 
 
 def fetch_model(name):
-    """A Hub id's config and weights, downloaded to out/hub (resumed; sizes and hashes checked). -> the folder"""
-    import requests
-    folder, hub = OUT / "hub" / name, os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    instead = "--model random:" + next((s for s in SHAPES if name.removesuffix("-deduped").endswith(s)), "pythia-70m")
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
-        sorry(f"--model {name}: no such folder, and no Hub id (owner/name) either; {instead} needs neither")
-    if not (folder / "config.json").exists():                       # it comes last: where it is, all is
-        try:
-            answer = requests.get(f"{hub}/api/models/{name}/tree/main", timeout=30)
-            answer.raise_for_status()
-            files = {f["path"]: (f["size"], f.get("lfs", {}).get("oid")) for f in answer.json() if f["type"] == "file"}
-        except (requests.RequestException, ValueError, KeyError, TypeError, AttributeError) as e:
-            code = getattr(getattr(e, "response", None), "status_code", None)
-            sorry(f"{name} is not in {OUT / 'hub'}, and {hub} cannot be asked for it ({f'HTTP {code}' if code else type(e).__name__}); "
-                  f"{instead} runs the same path on a random frozen trunk, with no network")
-        weights = [[f for f in files if re.fullmatch(kind, f)] for kind in
-                   (r"model(-[\w-]+)?\.safetensors(\.index\.json)?", r"pytorch_model(-[\w-]+)?\.bin(\.index\.json)?")]
-        if not any(weights) or "config.json" not in files:
-            sorry(f"{hub}/{name} holds no config.json with safetensors or pytorch_model.bin")
-        for f in [*(weights[0] or weights[1]), "config.json"]:
-            common.download(f"{hub}/{name}/resolve/main/{f}", folder / f, *files[f])
-    return folder
+    """A Hub id's config and weights, .safetensors rather than .bin. -> the folder they were downloaded to"""
+    instead = next((s for s in SHAPES if name.removesuffix("-deduped").endswith(s)), "pythia-70m")
+    return common.fetch_hub(name, [r"model(-[\w-]+)?\.safetensors(\.index\.json)?", r"pytorch_model(-[\w-]+)?\.bin(\.index\.json)?"],
+                            instead=f"; --model random:{instead} runs the same path on a random frozen trunk, with no network")
 
 
 def trunk_dtype(args, device, trained):

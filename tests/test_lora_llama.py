@@ -530,7 +530,8 @@ def alone(tmp_path_factory):
     for name in ("lora_llama.py", "common.py"):
         shutil.copy(ROOT / name, folder)
     shutil.copytree(ROOT / "data/texts", folder / "data/texts")
-    shutil.copy(ROOT / "data/qa.jsonl", folder / "data")
+    for name in ("qa.jsonl", "bytes_tokenizer.json"):
+        shutil.copy(ROOT / "data" / name, folder / "data")
     tic = time.time()
     done = script(folder, "--smoke", "--merge", "4bit")
     return folder, done, time.time() - tic
@@ -670,13 +671,14 @@ def test_download_resumes(theirs, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
     monkeypatch.setenv("HF_TOKEN", "hf_secret\r\n")
     try:
-        said = sentence(L.fetch_model, "someone/model")
+        files = r"model\.safetensors|config\.json"
+        said = sentence(common.fetch_hub, "someone/model", [files])
         assert "goes on" in said and "hf_secret" not in said
-        folder = L.fetch_model("someone/model")
+        folder = common.fetch_hub("someone/model", [files])
         assert any(r and int(r[6:-1]) > 0 for _, r, _ in Hub.seen) and all(a == "Bearer hf_secret" for _, _, a in Hub.seen)
         assert (folder / "model.safetensors").read_bytes() == (Hub.folder / "model.safetensors").read_bytes()
         n = len(Hub.seen)
-        assert L.fetch_model("someone/model") == folder and len(Hub.seen) == n, "what is whole is not asked for again"
+        assert common.fetch_hub("someone/model", [files]) == folder and len(Hub.seen) == n, "what is whole is not asked for again"
         assert "hf_secret" not in "".join(capsys.readouterr())
     finally:
         server.shutdown()
@@ -702,7 +704,7 @@ def small(tmp_path_factory):
     config = transformers.LlamaConfig(**{**SIZES, "vocab_size": 300, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2,
                                          "num_key_value_heads": 1})
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
-    L.write_byte_tokenizer(folder / "tokenizer.json")
+    shutil.copy(ROOT / "data/bytes_tokenizer.json", folder / "tokenizer.json")
     args = args_of("--lora_r", 2)
     model = ours(folder)
     L.add_lora(model, args)

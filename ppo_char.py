@@ -165,13 +165,14 @@ class Block(nn.Module):
         """x (B, T, C); mask (B, 1, T, S): what may be seen; turn: rotary's (cos, sin) or None; cache: None or a dict to keep k, v in."""
         B, T, C = x.shape
         q, k, v = self.qkv(self.ln_1(x)).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)     # (B, nh, T, hs) each
-        if turn is not None:
-            q, k = rotate(q, *turn), rotate(k, *turn)
+        q, k = (rotate(q, *turn), rotate(k, *turn)) if turn else (q, k)
         if cache is not None:
             if cache:
                 k, v = torch.cat([cache["k"], k], 2), torch.cat([cache["v"], v], 2)                 # (B, nh, S, hs)
             cache["k"], cache["v"] = k, v
-        att = q @ k.transpose(2, 3) * (C // self.n_head)**-0.5      # (B, nh, T, S)
+        # summed in float64 (mps has none): in float32 a cache changes the order, and the ratio before the first inner step was off by 1.6e-5
+        q, k = (q, k) if x.device.type == "mps" else (q.double(), k.double())
+        att = (q @ k.transpose(2, 3)).to(x) * (C // self.n_head)**-0.5              # (B, nh, T, S)
         att = att.masked_fill(~mask, -1e9).softmax(3)               # not -inf: a pad sees nothing, and would be NaN
         x = x + self.proj((att @ v).transpose(1, 2).reshape(B, T, C))
         return x + self.down(F.relu(self.up(self.ln_2(x))))
@@ -560,9 +561,8 @@ def main():
     args, began = get_args(), time.time()
     corpus = Corpus(args)
     tok, P = corpus.tok, args.prompt_len
-    print(f"device {args.device}, {torch.get_num_threads()} threads, float32")
-    example = "|".join(tok.tokens[i] for i in corpus.quotes[0][1:-1])
-    print(f"{len(corpus.train)} lines, {sum(map(len, corpus.train)):,} tokens of {len(tok.tokens)}, such as {example}")
+    print(f"device {args.device}, {torch.get_num_threads()} threads, float32; {len(corpus.train)} lines, {sum(map(len, corpus.train)):,} tokens of "
+          f"{len(tok.tokens)}, such as", "|".join(tok.tokens[i] for i in corpus.quotes[0][1:-1]))
     def file(what, keys=tuple(vars(args))):         # named after all that shaped it: the same flags find it again
         flags = json.dumps({k: getattr(args, k) for k in keys if k not in ("corpus", "smoke")}).encode()
         texts = b"".join(pathlib.Path(c).read_bytes() for c in args.corpus)

@@ -13,7 +13,7 @@ After the RAG demonstration of Small-LLM, whose code was never published: the pr
 3. HalfCheetah-v5, whatever the prompt says
 Not handled: models that refuse temperature or max_tokens; replies in pieces (streaming); other environments.
 """
-import concurrent.futures, hashlib, json, math, os, pathlib, queue, re, sys, threading, time
+import concurrent.futures, hashlib, json, math, pathlib, queue, re, sys, threading, time
 
 import numpy as np
 import torch

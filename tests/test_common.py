@@ -1,5 +1,5 @@
 """common.py: sampling and beam search against definitions and brute force, files, downloads, pictures."""
-import http.server, itertools, json, os, threading, time
+import http.server, itertools, json, os, threading
 
 import numpy as np
 import pytest
@@ -154,7 +154,6 @@ def test_a_full_disk_is_a_sentence_and_loses_nothing(tmp_path, capsys):
 
 
 def test_a_checkpoint_with_code_in_it_is_refused(tmp_path, capsys):
-    import pickle
     class Evil:
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "pwned"),)

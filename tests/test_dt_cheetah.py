@@ -1,5 +1,5 @@
 """dt_cheetah.py against gymnasium, transformers, minari, torch's SDPA and plain loops; its faults, its resumes, its idea."""
-import json, os, pathlib, re, signal, subprocess, sys, time
+import json, pathlib, signal, subprocess, sys, time
 
 import h5py
 import numpy as np

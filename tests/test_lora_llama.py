@@ -1,5 +1,5 @@
 """lora_llama.py against transformers, peft, bitsandbytes, tokenizers and sentencepiece; and against broken files, kills and torn lines."""
-import base64, contextlib, functools, http.server, io, json, math, os, pathlib, random, re, shutil, signal, subprocess, sys, threading, time
+import base64, contextlib, functools, http.server, io, json, os, pathlib, random, re, shutil, signal, subprocess, sys, threading, time
 
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 ROOT = pathlib.Path(__file__).resolve().parent.parent

@@ -3,7 +3,7 @@
 What broke the system that this follows is caught by one number: the ratio of new to old probability, which must be 1 everywhere
 before the first inner step.
 """
-import copy, itertools, json, math, pathlib, signal, subprocess, sys, time
+import copy, itertools, json, math, signal, subprocess, sys, time
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from hypothesis import given, settings, strategies as st
 
 import common
 import ppo_char as pc
-from conftest import ROOT, refused
+from conftest import ROOT
 
 ALONE = ("data/quotes.txt", "data/patterns.txt")
 SMALL = ["--vocab_size", "60", "--n_embd", "16", "--n_head", "2", "--prompt_len", "5", "--max_new", "7", "--prompts", "4", "--group", "4",

@@ -1,5 +1,5 @@
 """pythia_adapter.py against transformers' GPT-NeoX, the original's parameter counts, gymnasium; its faults, its resumes, its idea."""
-import http.server, json, os, pathlib, re, shutil, signal, subprocess, sys, threading, time
+import http.server, json, os, pathlib, signal, subprocess, sys, threading, time
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ import torch
 
 import common
 import pythia_adapter as pa
-from conftest import ROOT, refused
+from conftest import refused
 
 ALONE = ("dt_cheetah.py", "data/cheetah_ladder.npz")
 # 70m and 410m in miniature: their proportions of heads, layers and rotary dimensions

@@ -3,7 +3,6 @@ import collections, json, os, re, signal, subprocess, sys, threading, time
 
 import numpy as np
 import pytest
-import torch
 
 import common
 import rag_cheetah as rag

@@ -6,7 +6,7 @@ seconds of a whole round (sampling, reward, reference, updates), in turns, three
 its prompts are the same ids, written as words of a word-level tokenizer. Wants trl==1.16.0 and datasets (TRL has no PPO any more since
 1.0: its GRPO and RLOO are measured; ours has PPO too, which is shown beside them).
 """
-import contextlib, copy, io, math, os, pathlib, platform, sys, tempfile, time, warnings
+import contextlib, copy, io, os, pathlib, platform, sys, tempfile, time, warnings
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 import numpy as np

@@ -2,12 +2,12 @@
 
     python bounce.py
 
-Measured: ONE core of an AMD EPYC (Zen 4), torch 2.13, bfloat16; last checkpoint. Of 1,000 held-out mazes of the full size (18-26 x 32-86),
-with quotes never trained on, 99.6, 99.4 and 99.9% come out exactly right (seeds 0-2), after 504-512 s of training; of 200 that are
-39 x 129, 1.5 times larger than any trained on, 99.0, 98.0 and 98.5%. With TWO threads seed 0 takes 347 s and comes out at 94.9%.
+Measured: one core of an AMD EPYC (Zen 4), torch 2.13, bfloat16; seeds 0-2, last checkpoint. Of 1,000 held-out mazes of the full size
+(18-26 x 32-86), with quotes never trained on, 99.5, 99.9 and 99.9% come out exactly right, after 454-467 s of training; of 200 that are
+39 x 129, 1.5 times larger than any trained on, all.
 Source: Shimmin's Bouncing LLaMa (an 8B Llama, LoRA, 40 minutes on a 4090: direction ignored, letters jumbled). Differs from it in:
 1. a token's position is WHERE THE PEN IS: rotary over (row, column, time); tests/bench/compare_bounce.py has the alternatives
-2. the answer is the path, a move and a letter per step; the grid is drawn from it by code, or by the model (--draw model)
+2. the answer is the path, a move and a letter per step, each knowing the one before; the grid is drawn by code, or by the model
 3. 0.7 million parameters from scratch, small dense mazes first, the seed's sizes after
 Not handled: characters outside printable ASCII; fields with holes in their rim; more than one ball at a time.
 """
@@ -27,8 +27,7 @@ OUT, SAVE_EVERY = pathlib.Path("out"), 100
 GLYPHS = " |-+"                                     # a cell's flags: 1 a vertical wall, 2 a horizontal one, 3 a crossing
 DIRECTIONS = dict(NE=(-1, 1), NW=(-1, -1), SE=(1, 1), SW=(1, -1))           # (row, column); rows count downwards
 STEP = np.array(list(DIRECTIONS.values()))
-# the vocabulary: 16 moves (4 headings times whether row and column stay), 95 characters, and marks; a wall is WALL + flag
-# (PLAIN, nine displacements, and NEWLINE are only used by tests/bench/compare_bounce.py)
+# the vocabulary: 16 moves (4 headings, do row and column stay), 95 characters, marks; a wall is WALL + flag; PLAIN, NEWLINE: for tests/
 MOVE, PLAIN, CHAR, END, PAD, NULL, WALL, CELL, NEWLINE, VOCAB = 0, 16, 25, 120, 121, 122, 122, 126, 127, 128
 SIGN = np.array(list("?" * CHAR + "".join(map(chr, range(32, 127))) + "???" + GLYPHS[1:] + "??"))       # how a token looks in a grid
 characters = lambda text: [CHAR + ord(x) - 32 for x in text]           # its tokens
@@ -346,8 +345,7 @@ class Bouncer(nn.Module):
         before[..., T - cells:] = NULL
         x, S = self.embed(ids, pos) + self.before(before), T + (past[0][0].size(3) if past else 0)
         mask = torch.full((T, S), -torch.inf, device=ids.device).triu(S - T + 1)
-        if cells:
-            mask[T - cells:, S - cells:] = mask.new_full((cells, cells), -torch.inf).fill_diagonal_(0)
+        mask[T - cells:, S - cells:] = mask.new_full((cells, cells), -torch.inf).fill_diagonal_(0)      # none of either: nothing happens
         for i, block in enumerate(self.blocks):
             x, kv = block(x, cos, sin, memory[i], mask, past[i] if past else None)
             new.append(kv)
@@ -542,8 +540,8 @@ def train(args, quotes, file, device, kind=Bouncer):
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == args.steps:
             seconds = time.time() - began
             bar.set_postfix(loss=f"{np.mean(losses[-100:]):.5f}")
-            if rank == 0:
-                common.save_checkpoint(file, dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step + 1, seconds=seconds))
+            state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step + 1, seconds=seconds)
+            common.save_checkpoint(file, state) if rank == 0 else None
     return model.eval(), seconds
 
 # ---- main ------------------------------------------------------------------------------------------------------------------

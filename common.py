@@ -157,8 +157,8 @@ def download(url, path, size=None, sha256=None, headers=None):
 
 
 def fetch_hub(name, wanted, rank=0, instead=""):
-    """The files of a Hub id (owner/name) that fullmatch the first of wanted that any does, and config.json, downloaded to out/hub: resumed, sizes
-    and hashes checked, HF_TOKEN honoured, by the process of rank 0 while others wait. instead: what else the user may do. -> the folder"""
+    """The files of a Hub id (owner/name) that fullmatch the first of wanted that any does, and config.json, downloaded to out/hub: resumed,
+    sizes and hashes checked, HF_TOKEN honoured, by the process of rank 0 while others wait. instead: what else to do. -> the folder"""
     re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) or sorry(f"--model {name}: no such folder, and no Hub id (owner/name) either{instead}")
     folder, hub = pathlib.Path("out/hub") / name, os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     while rank and not (folder / "config.json").exists():
@@ -172,7 +172,7 @@ def fetch_hub(name, wanted, rank=0, instead=""):
             answer.ok or sorry(f"{hub} refuses {name} (HTTP {answer.status_code}); if it is gated, ask for access there and set HF_TOKEN"
                                + instead)
             files = {f["path"]: (f["size"], f.get("lfs", {}).get("oid")) for f in answer.json() if f["type"] == "file"}
-        kind = next((w for w in wanted if any(re.fullmatch(w, f) for f in files)), None) or sorry(f"{hub}/{name} holds no weights that fit{instead}")
+        kind = next((w for w in wanted if any(re.fullmatch(w, f) for f in files)), None) or sorry(f"{hub}/{name} has no such weights{instead}")
         for f in sorted((f for f in files if re.fullmatch(rf"{kind}|config\.json", f)), key="config.json".__eq__):
             download(f"{hub}/{name}/resolve/main/{f}", folder / f, *files[f], headers=headers)
     return folder

@@ -2,14 +2,13 @@
 
     python ppo_char.py
 
-Measured: one core of an AMD EPYC, torch 2.13; seed 0 only, last checkpoint, 256 samples. Pretraining 17 s, PPO 20 s (others' work beside
-it made it 98): the count of "b c" goes from 0.001 to 0.980 of what any completion can attain, by beam search from 0 to 1.000; the worst
-ratio before a first inner step is off 1 by less than 1e-5. Text that earns this is no longer language: KL 101 nats, 5% distinct samples.
+Measured: one core of an AMD EPYC, torch 2.13; last checkpoint, 256 samples. Pretraining 17 s, PPO 20 s: TODO
+Text that earns this is no longer language: KL 101 nats, 5% distinct samples.
 Papers: PPO (Schulman et al. 2017, arXiv 1707.06347), GAE (1506.02438), GRPO (2402.03300), Dr. GRPO (2503.20783), RLOO (2402.14740),
 Llama 2 (2307.09288, section 3). Differs from them in:
 1. KL to the frozen start is a loss (k3, as GRPO's) for every algorithm, or with --kl_in reward part of every algorithm's reward
 2. no mini-batches: each gradient step sees all completions of its round; RLOO takes PPO's clipped ratio, token by token
-3. rejection sampling trains on the best 64 winners of all rounds; the judge of --algo rlhf is a program, its model 0.1M parameters
+3. rejection sampling trains on the best 64 winners of all rounds, sampled with noise; rlhf's judge is a program, its model 0.1M parameters
 Not handled: prompts longer than --prompt_len tokens (their end is kept); rewards that look at the prompt, but for the learned one.
 """
 import collections, copy, functools, hashlib, json, math, pathlib, re, sys, time
@@ -55,7 +54,7 @@ def get_args(argv=None):
     p.flag("batch_size", 64, "lines per step")
     p.flag("lr", 3e-3, "AdamW's peak learning rate in pretraining; a cosine goes down to a tenth of it")
     # reinforcement learning
-    p.flag("iterations", 100, "rounds of sampling and updating; rlhf shares them out among its five versions")
+    p.flag("iterations", 100, "rounds of sampling and updating (200 for rejection sampling); rlhf shares them out among its five versions")
     p.flag("prompts", 16, "prompts per round")
     p.flag("group", 8, "completions per prompt: G of GRPO and RLOO, K of rejection sampling")
     p.flag("epochs", 2, "gradient steps on each round's completions")
@@ -70,14 +69,17 @@ def get_args(argv=None):
     p.flag("reward_scale", 1.0, "multiplies what the learner sees (not what is reported)")
     p.flag("temperature", 1.0, "of sampling, at the first round")
     p.flag("temperature_end", 1.0, "at the last round; linear between")
-    p.flag("epsilon", 0.0, "share of tokens drawn at random, at the first round; it is part of the policy, so the ratio knows of it")
+    p.flag("epsilon", 0.0, "share of tokens drawn at random, at the first round (0.1 for rejection sampling); the ratio knows of it")
     p.flag("epsilon_end", 0.0, "at the last round")
     p.flag("pairs", 1024, "pairs of completions that the judge compares for a reward model, per version")
     # what comes out
     p.flag("beam", 5, "width of the beam search shown beside sampling")
     p.flag("seed", 0, "of weights, batches and samples")
     p.flag("smoke", False, "the same path with tiny numbers, under a minute")
-    if "--smoke" in (sys.argv if argv is None else argv):       # its numbers are defaults: other flags still win over them
+    said = " ".join(sys.argv if argv is None else argv)
+    # rejection sampling learns from winners alone: noise costs it nothing, and without, it samples the same few texts again and again
+    p.set_defaults(**dict(iterations=200, epsilon=0.1) if re.search("--algo[ =]rejection", said) else {})
+    if "--smoke" in said:                                       # its numbers are defaults: other flags still win over them
         p.set_defaults(steps=20, batch_size=16, n_embd=32, iterations=4, prompts=4, group=4, pairs=64, beam=2)
     args = p.parse_args(argv)
     ranges = {name: (0, 1) for name in ("epsilon", "epsilon_end", "gamma", "lam")} | {name: (0, 1e9) for name in ("kl", "entropy", "seed")}
@@ -170,7 +172,7 @@ class Block(nn.Module):
             if cache:
                 k, v = torch.cat([cache["k"], k], 2), torch.cat([cache["v"], v], 2)                 # (B, nh, S, hs)
             cache["k"], cache["v"] = k, v
-        # summed in float64 (mps has none): in float32 a cache changes the order, and the ratio before the first inner step was off by 1.6e-5
+        # summed in float64 (mps has none): in float32 a cache changes the sum's order, and the first ratio was off 1 by 1.6e-5
         q, k = (q, k) if x.device.type == "mps" else (q.double(), k.double())
         att = (q @ k.transpose(2, 3)).to(x) * (C // self.n_head)**-0.5              # (B, nh, T, S)
         att = att.masked_fill(~mask, -1e9).softmax(3)               # not -inf: a pad sees nothing, and would be NaN
@@ -393,8 +395,7 @@ def pretrain(corpus, args, file):
             common.save_checkpoint(file, dict(state, model=model.state_dict(), optimizer=optimizer.state_dict()))
     with torch.no_grad():
         loss = next_token_loss(model, held, args.device).item()
-    size = sum(p.numel() for p in model.parameters())
-    print(f"pretrained: {size:,} parameters, {args.steps} steps, {state['seconds']:.0f} s, held-out loss {loss:.3f} nats per token")
+    print(f"pretrained: {sum(p.numel() for p in model.parameters()):,} parameters, {state['seconds']:.0f} s, held-out loss {loss:.3f} nats per token")
     return model, loss
 
 
@@ -440,8 +441,7 @@ def improve(name, algo, policy, start, reward, lines, args, file, tails=False, p
                 else:
                     adv = group_advantages(args.reward_scale * score - cost.sum(1), G, algo)[:, None].expand(-1, R)
             loss = average(policy_loss(logp, old, adv, args.clip) + args.kl * (args.kl_in == "loss") * kl_k3(logp, ref), mask, algo)
-            if args.entropy:
-                loss = loss + args.entropy * average((every.exp() * every).sum(2), mask, algo)
+            loss = loss + args.entropy * average((every.exp() * every).sum(2), mask, algo) if args.entropy else loss
             if algo == "ppo":
                 loss = loss + 0.5 * average(value_loss(value, old_value, returns, args.clip), mask, algo)       # PPO2's weight
             descend(loss, optimizer, f"round {step} of {name}")
@@ -561,8 +561,8 @@ def main():
     args, began = get_args(), time.time()
     corpus = Corpus(args)
     tok, P = corpus.tok, args.prompt_len
-    print(f"device {args.device}, {torch.get_num_threads()} threads, float32; {len(corpus.train)} lines, {sum(map(len, corpus.train)):,} tokens of "
-          f"{len(tok.tokens)}, such as", "|".join(tok.tokens[i] for i in corpus.quotes[0][1:-1]))
+    print(f"device {args.device}, {torch.get_num_threads()} threads, float32; {len(corpus.train)} lines of "
+          f"{sum(map(len, corpus.train)):,} tokens, {len(tok.tokens)} different ones, such as", "|".join(tok.tokens[i] for i in corpus.quotes[0][1:-1]))
     def file(what, keys=tuple(vars(args))):         # named after all that shaped it: the same flags find it again
         flags = json.dumps({k: getattr(args, k) for k in keys if k not in ("corpus", "smoke")}).encode()
         texts = b"".join(pathlib.Path(c).read_bytes() for c in args.corpus)

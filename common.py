@@ -172,7 +172,7 @@ def fetch_hub(name, wanted, rank=0, instead=""):
             answer.ok or sorry(f"{hub} refuses {name} (HTTP {answer.status_code}); if it is gated, ask for access there and set HF_TOKEN"
                                + instead)
             files = {f["path"]: (f["size"], f.get("lfs", {}).get("oid")) for f in answer.json() if f["type"] == "file"}
-        kind = next((w for w in wanted if any(re.fullmatch(w, f) for f in files)), None) or sorry(f"{hub}/{name} has no such weights{instead}")
+        kind = next((w for w in wanted if any(re.fullmatch(w, f) for f in files)), None) or sorry(f"{hub}/{name} has none{instead}")
         for f in sorted((f for f in files if re.fullmatch(rf"{kind}|config\.json", f)), key="config.json".__eq__):
             download(f"{hub}/{name}/resolve/main/{f}", folder / f, *files[f], headers=headers)
     return folder

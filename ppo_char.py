@@ -395,7 +395,7 @@ def pretrain(corpus, args, file):
             common.save_checkpoint(file, dict(state, model=model.state_dict(), optimizer=optimizer.state_dict()))
     with torch.no_grad():
         loss = next_token_loss(model, held, args.device).item()
-    print(f"pretrained: {sum(p.numel() for p in model.parameters()):,} parameters, {state['seconds']:.0f} s, held-out loss {loss:.3f} nats per token")
+    print(f"pretrained: {sum(map(torch.numel, model.parameters())):,} parameters, {state['seconds']:.0f} s, held-out loss {loss:.3f} nats per token")
     return model, loss
 
 
@@ -561,8 +561,8 @@ def main():
     args, began = get_args(), time.time()
     corpus = Corpus(args)
     tok, P = corpus.tok, args.prompt_len
-    print(f"device {args.device}, {torch.get_num_threads()} threads, float32; {len(corpus.train)} lines of "
-          f"{sum(map(len, corpus.train)):,} tokens, {len(tok.tokens)} different ones, such as", "|".join(tok.tokens[i] for i in corpus.quotes[0][1:-1]))
+    print(f"device {args.device}, {torch.get_num_threads()} threads, float32; {len(corpus.train)} lines, "
+          f"{sum(map(len, corpus.train)):,} tokens of {len(tok.tokens)}, such as", "|".join(tok.tokens[i] for i in corpus.quotes[0][1:-1]))
     def file(what, keys=tuple(vars(args))):         # named after all that shaped it: the same flags find it again
         flags = json.dumps({k: getattr(args, k) for k in keys if k not in ("corpus", "smoke")}).encode()
         texts = b"".join(pathlib.Path(c).read_bytes() for c in args.corpus)

@@ -444,8 +444,14 @@ def test_the_kl_weight_keeps_the_policy_near(small, tmp_path, flags):
     assert kl[1] < kl[0] / 2
 
 
+def test_rejection_samples_with_noise_and_takes_longer_unless_told_otherwise():
+    get = lambda *flags: (lambda a: (a.iterations, a.epsilon))(pc.get_args([*flags]))
+    assert get("--algo", "rejection") == get("--algo=rejection") == (200, 0.1) and get() == get("--algo", "grpo") == (100, 0.0)
+    assert get("--algo", "rejection", "--iterations", "7", "--epsilon", "0") == (7, 0.0) and get("--algo", "rejection", "--smoke")[0] == 4
+
+
 def test_rejection_keeps_the_winners_of_all_rounds(small, tmp_path):
-    args = small("--algo", "rejection", "--reward", "letters", "--epochs", "1", "--rl_lr", "1e-9")
+    args = small("--algo", "rejection", "--reward", "letters", "--epochs", "1", "--rl_lr", "1e-9", "--epsilon", "0")
     corpus = pc.Corpus(args)
     model = a_model(args, len(corpus.tok.tokens))
     reward, start = pc.Rule(args, corpus.tok), copy.deepcopy(model).requires_grad_(False)

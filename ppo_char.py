@@ -395,7 +395,7 @@ def pretrain(corpus, args, file):
             common.save_checkpoint(file, dict(state, model=model.state_dict(), optimizer=optimizer.state_dict()))
     with torch.no_grad():
         loss = next_token_loss(model, held, args.device).item()
-    print(f"pretrained {sum(map(torch.numel, model.parameters())):,} weights in {state['seconds']:.0f} s: held-out loss {loss:.3f} per token")
+    print(f"pretrained {sum(map(torch.numel, model.parameters())):,} weights in {state['seconds']:.0f} s: held-out loss {loss:.3f} a token")
     return model, loss
 
 

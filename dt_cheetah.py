@@ -46,6 +46,7 @@ def get_args(argv=None):
     p.flag("collect", False, "only make the ladder's episodes, out/data/cheetah_ladder.hdf5; other scripts read them")
     p.flag("ladder_episodes", 12, "episodes per gait of the ladder")
     p.flag("action_noise", 0.05, "spread of the noise on the ladder's actions: the data then shows how to recover")
+    p.flag("kick", 1.0, "every second episode is shoved every 250 steps or so, by this much in m/s and rad/s: how to get back on pace")
     p.flag("cross_start", 0.6, "share of episodes that start in mid-run of another gait: the data then shows how to change speed")
     # how the target reaches the model
     p.flag("condition", "rate", "rate: reward per step still to earn; rtg: the paper's return-to-go; bc: nothing", choices=list(NAMES))
@@ -104,13 +105,16 @@ def numbers(text):
 
 # ---- gaits: affine policies, many at once ----------------------------------------------------------------------------------
 
-def play(W, b, start, T, noise=0.0, rng=None):
-    """Let n affine policies a = clip(W obs + b + noise) run T steps: W (n, 6, 17), b (n, 6), start (n, 19) states.
-    -> obs (n, T+1, 17), act (n, T, 6), rew (n, T), float32, and the last states (n, 19)."""
+def play(W, b, start, T, noise=0.0, rng=None, kick=0.0):
+    """Let n affine policies a = clip(W obs + b + noise) run T steps: W (n, 6, 17), b (n, 6), start (n, 19) states; kick: the spread
+    of shoves to the torso, in m/s and rad/s. -> obs (n, T+1, 17), act (n, T, 6), rew (n, T), float32, and the last states (n, 19)."""
     n, sim = len(W), Cheetahs(len(W))
     obs, act, rew = (np.empty((n, *shape), np.float32) for shape in ((T + 1, S_DIM), (T, A_DIM), (T,)))
     sim.state = start.copy()
     for t in range(T):
+        if kick:
+            hit = rng.random(n) < 1 / 250
+            sim.state[hit, 10:13] += kick * rng.standard_normal((hit.sum(), 3))
         o = sim.state[:, 2:]
         a = (W @ o[:, :, None])[:, :, 0] + b
         if noise:
@@ -280,7 +284,7 @@ def search(args, file):
 
 
 def collect(args, path):
-    """Replay every gait of the ladder, with noise on its actions and from other gaits' mid-run states, into path (.hdf5)."""
+    """Replay every gait of the ladder, under noise and shoves and from other gaits' mid-run states, into path (.hdf5)."""
     z = common.load_arrays(args.ladder)
     W, b = z["W"].astype(np.float64), z["b"].astype(np.float64)
     G, each, folder = len(W), min(6, args.ladder_episodes), path.with_suffix(".parts")
@@ -297,7 +301,7 @@ def collect(args, path):
             running = play(W[other], b[other], start, 150, args.action_noise, rng)[3]
             start[u < args.cross_start] = running[u < args.cross_start]
             start[:, :2] = 0
-            obs, act, rew, _ = play(W[gait], b[gait], start, T_DATA, args.action_noise, rng)
+            obs, act, rew, _ = play(W[gait], b[gait], start, T_DATA, args.action_noise, rng, args.kick * (i % 2))
             ok = upright(obs)[:, -1]                # a fall teaches how to lie on one's back: left out
             with common.whole_file(file) as part:
                 np.savez(part, obs=obs[ok], act=act[ok], rew=rew[ok])
@@ -314,8 +318,8 @@ def find_dataset(args):
     """--dataset -> Episodes: the ladder (collected if need be), a known name (downloaded if need be) or a file. Says what it is."""
     name, folder = args.dataset, OUT / "data"
     if name == "ladder":
-        how = (args.ladder_episodes, args.action_noise, args.cross_start)
-        path = folder / ("cheetah_ladder.hdf5" if how == (12, 0.05, 0.6) else "cheetah_ladder_{}_{}_{}.hdf5".format(*how))
+        how = (args.ladder_episodes, args.action_noise, args.cross_start, args.kick)
+        path = folder / ("cheetah_ladder.hdf5" if how == (12, 0.05, 0.6, 1.0) else "cheetah_ladder_{}_{}_{}_{}.hdf5".format(*how))
         if not path.exists():
             collect(args, path)
     elif re.fullmatch(r"mujoco/halfcheetah/(simple|medium|expert)-v[012]", name):
@@ -552,7 +556,7 @@ def figure(rows, path):
 
 def checkpoint(args, condition):
     """A model's file is named after all that shaped it: other flags make another model, the same flags find it again."""
-    shape = {k: getattr(args, k) for k in ("dataset ladder_episodes action_noise cross_start n_layer n_head n_embd context dropout "
+    shape = {k: getattr(args, k) for k in ("dataset ladder_episodes action_noise cross_start kick n_layer n_head n_embd context dropout "
                                            "steps batch_size lr warmup weight_decay grad_clip dtype seed").split()}
     gaits = pathlib.Path(args.ladder).read_bytes() if args.dataset == "ladder" else b""
     return OUT / f"dt_cheetah_{condition}_{hashlib.sha256(json.dumps(shape).encode() + gaits).hexdigest()[:8]}.pt"

@@ -22,7 +22,6 @@ ROWS = [
     ("rate without the floor of 20 steps", [], NO_FLOOR),
     ("rate, clock runs to the end", [], FULL_CLOCK),
     ("no action noise", ["--action_noise", "0"], ""),
-    ("no shoves", ["--kick", "0"], ""),
     ("no episodes from other gaits' runs", ["--cross_start", "0"], ""),
     ("every 4th gait of the ladder", ["--ladder", "out/ladder_4th.npz", "--ladder_episodes", "48"], ""),
     ("K = 2", ["--context", "2"], ""),

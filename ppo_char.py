@@ -2,7 +2,7 @@
 
     python ppo_char.py
 
-Measured: one core of an AMD EPYC, torch 2.13; seed 0, last checkpoint, 256 samples. 17 s of pretraining and 57 s of PPO (others' work beside
+Measured: one core of an AMD EPYC, torch 2.13; seed 0, last checkpoint, 256 samples. 17 s of pretraining, 57 s of PPO (others' work beside
 it) take "b c" from 0.001 to 0.992 of what any completion can attain; that is no longer language: KL 124 nats, 4% distinct samples.
 Papers: PPO (Schulman et al. 2017, arXiv 1707.06347), GAE (1506.02438), GRPO (2402.03300), Dr. GRPO (2503.20783), RLOO (2402.14740),
 Llama 2 (2307.09288, section 3). Differs from them in:

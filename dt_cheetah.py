@@ -4,7 +4,7 @@
 
 Measured: AMD EPYC (Zen 4), torch 2.13, no GPU, bfloat16; seeds 0-2, 10 episodes per target, last checkpoint. Asked for 300, 600, 1200,
 2400, 4800 it reaches 301.2, 601.4, 1201.2, 2398.3, 4797.1 (mean error 0.23%, worst seed and target 0.71%, nobody fell); of
-100, 200, ... 5000 0.18%, the worst target 100 (3.2% in one seed). From nothing to the first video 69 s on 2 cores.
+100, 200, ... 5000 0.18%, the worst target 100 (3.2% in one seed). From nothing to the first video 71 s on 2 cores.
 Paper: Chen et al. 2021, arXiv 2106.01345. Differs from it in:
 1. the return token carries the reward RATE still to be earned, with sine features; --condition rtg is the paper's return-to-go
 2. the data is a ladder of 55 stable gaits of all speeds (--search), replayed with action noise and from each other's runs

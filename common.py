@@ -21,13 +21,26 @@ class Flags(argparse.ArgumentParser):
     """argparse whose errors are one sentence, whose help shows defaults, and which takes no abbreviations."""
     def __init__(self, doc):
         super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+        self.ranges = {}
 
-    def flag(self, name, default, why, **kw):
+    def flag(self, name, default, why, low=None, high=1e9, **kw):
+        """Numbers are from low to high; if nothing is said, whole ones are counts, at least 1, and others at least 0."""
         if isinstance(default, bool):
             kw.setdefault("action", argparse.BooleanOptionalAction)
         elif not isinstance(default, (list, type(None))):
             kw.setdefault("type", type(default))
+        if kw.get("type") in (int, float):
+            self.ranges[name] = (1 if kw["type"] is int else 0) if low is None else low, high
         self.add_argument(f"--{name}", default=default, help=f"{why} [{default}]".replace("%", "%%"), **kw)
+
+    def parse_args(self, argv=None):
+        args = super().parse_args(argv)
+        for name, (low, high) in self.ranges.items():
+            x = getattr(args, name)
+            for x in x if isinstance(x, list) else [] if x is None else [x]:
+                if not low <= x <= high:            # in this form nan fails, too
+                    self.error(f"argument --{name}: {x:g} is not between {low:g} and {high:g}")
+        return args
 
     def error(self, message):
         if message.startswith("unrecognized"):      # their values may be secrets: a key typed after a wrong flag
@@ -42,8 +55,10 @@ def run(main):
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from the last checkpoint", file=sys.stderr)
         raise SystemExit(130)
-    except (OSError, MemoryError) as e:
-        sorry(e if str(e) else type(e).__name__)
+    except (OSError, MemoryError, RuntimeError) as e:
+        if isinstance(e, RuntimeError) and "memory" not in str(e):
+            raise                                   # torch says by a RuntimeError that memory is not enough; all others are bugs
+        sorry(str(e).split("\n")[0] or type(e).__name__)
 
 
 def pick_device():

@@ -33,20 +33,20 @@ NAMES = dict(rate="DT, reward rate", rtg="DT, return-to-go", bc="behaviour cloni
 def get_args(argv=None):
     p = common.Flags(__doc__)
     # what is asked of the cheetah
-    p.flag("target_rew", 1200.0, "return to run at, summed over the episode")
+    p.flag("target_rew", 1200.0, "return to run at, summed over the episode", low=-1e9)
     p.flag("targets", None, "several returns, for a table and a figure: 300 600 1200, or first:last:step", nargs="+")
     p.flag("target_schedule", None, "new targets in mid-run: 400:2400 runs at the pace of 2400 from step 400 on", nargs="+")
     p.flag("episodes", 10, "evaluation episodes per target, each from its own start")
     p.flag("max_steps", T_DATA, "evaluation horizon in steps of 0.05 s; the training data's is 1000")
-    p.flag("start_noise", 0.1, "spread of the start states; 0.1 is gymnasium's, 0.3 a rough start")
-    p.flag("push", 0.0, "shove the torso every 200 steps: spread of the kick in m/s and rad/s")
+    p.flag("start_noise", 0.1, "spread of the start states; 0.1 is gymnasium's, 0.3 a rough start", high=10)
+    p.flag("push", 0.0, "shove the torso every 200 steps: spread of the kick in m/s and rad/s", high=100)
     # what it learns from
     p.flag("dataset", "ladder", "ladder (made here), mujoco/halfcheetah/expert-v0 (Minari), halfcheetah-medium-v2 (D4RL) or a .hdf5")
     p.flag("ladder", str(pathlib.Path(__file__).resolve().parent / "data" / "cheetah_ladder.npz"), "the gaits, as --search writes them")
     p.flag("collect", False, "only make the ladder's episodes, out/data/cheetah_ladder.hdf5; other scripts read them")
     p.flag("ladder_episodes", 12, "episodes per gait of the ladder")
-    p.flag("action_noise", 0.05, "spread of the noise on the ladder's actions: the data then shows how to recover")
-    p.flag("cross_start", 0.6, "share of episodes that start in mid-run of another gait: the data then shows how to change speed")
+    p.flag("action_noise", 0.05, "spread of the noise on the ladder's actions: the data then shows how to recover", high=2)
+    p.flag("cross_start", 0.6, "share of episodes that start in mid-run of another gait: the data then shows how to change speed", high=1)
     # how the target reaches the model
     p.flag("condition", "rate", "rate: reward per step still to earn; rtg: the paper's return-to-go; bc: nothing", choices=list(NAMES))
     p.flag("baseline", [], "others to train and show beside: bc (behaviour cloning), rtg", nargs="+", choices=list(NAMES))
@@ -55,7 +55,7 @@ def get_args(argv=None):
     p.flag("n_head", 1, "attention heads")
     p.flag("n_embd", 128, "width of a token")
     p.flag("context", 20, "K, the steps that the model sees; a step is three tokens")
-    p.flag("dropout", 0.0, "the paper's 0.1 costs time, and precision on data this clean")
+    p.flag("dropout", 0.0, "the paper's 0.1 costs time, and precision on data this clean", high=0.99)
     # training
     p.flag("steps", 500, "gradient steps")
     p.flag("batch_size", 64, "windows of K steps per gradient step")
@@ -64,10 +64,10 @@ def get_args(argv=None):
     p.flag("weight_decay", 1e-4, "AdamW's, the paper's")
     p.flag("grad_clip", 1.0, "largest gradient norm")
     p.flag("dtype", "auto", "of training's products; auto: bfloat16 where the hardware has it", choices=["auto", "bfloat16", "float32"])
-    p.flag("seed", 0, "of weights, batches and evaluation starts")
+    p.flag("seed", 0, "of weights, batches and evaluation starts", low=0)
     # the search for gaits
     p.flag("search", False, "search a ladder anew, write it to out/cheetah_ladder.npz and end")
-    p.flag("search_seed", 2, "of 0-2 the one that random search climbed furthest with")
+    p.flag("search_seed", 2, "of 0-2 the one that random search climbed furthest with", low=0)
     p.flag("search_steps", 80, "steps of random search for the first gait, out of which the ladder grows")
     p.flag("search_iters", 8, "steps per try to bring a gait to its neighbour's speed")
     p.flag("search_tries", 16, "tries per rung, before the way up ends")
@@ -81,10 +81,6 @@ def get_args(argv=None):
         p.set_defaults(ladder_episodes=1, steps=20, n_embd=32, episodes=2, max_steps=100, video_steps=40, search_steps=2,
                        search_iters=1, search_tries=2, search_stride=25)
     args = p.parse_args(argv)
-    for name in ("episodes", "max_steps", "ladder_episodes", "n_layer", "n_head", "n_embd", "context", "steps", "batch_size", "warmup",
-                 "search_steps", "search_iters", "search_tries", "search_stride", "video_steps"):
-        if getattr(args, name) < 1:
-            p.error(f"argument --{name}: must be at least 1")
     if args.n_embd % args.n_head:
         p.error(f"argument --n_head: {args.n_head} heads do not share {args.n_embd} dimensions evenly")
     try:

@@ -56,25 +56,25 @@ def get_args(argv=None):
     # reinforcement learning
     p.flag("iterations", 100, "rounds of sampling and updating (200 for rejection sampling); rlhf shares them out among its five versions")
     p.flag("prompts", 16, "prompts per round")
-    p.flag("group", 8, "completions per prompt: G of GRPO and RLOO, K of rejection sampling")
+    p.flag("group", 8, "completions per prompt: G of GRPO and RLOO, K of rejection sampling", low=2)
     p.flag("epochs", 2, "gradient steps on each round's completions")
     p.flag("rl_lr", 2e-3, "AdamW's learning rate in reinforcement learning")
     p.flag("clip", 0.2, "how far the ratio may go from 1, and a value from its old one, in one round")
-    p.flag("gamma", 1.0, "discount; 1: texts are short, and what counts is their whole score")
-    p.flag("lam", 0.95, "GAE's lambda: 1 trusts the returns, 0 the critic; below 1, a critic that knows nothing yet favours early ends")
+    p.flag("gamma", 1.0, "discount; 1: texts are short, and what counts is their whole score", high=1)
+    p.flag("lam", 0.95, "GAE's lambda: 1 trusts the returns, 0 the critic; below 1 a critic that knows nothing favours early ends", high=1)
     p.flag("kl", 0.002, "weight of the KL divergence to the frozen start: higher keeps the text nearer to what it was")
     p.flag("kl_in", "loss", "GRPO's way, steady before any reward is found, or Llama 2's, which keeps nearer", choices=["loss", "reward"])
     p.flag("entropy", 0.0, "weight of the entropy bonus")
     p.flag("normalize", "advantages", "PPO: whiten advantages, the batch's rewards, or nothing", choices="advantages rewards none".split())
     p.flag("reward_scale", 1.0, "multiplies what the learner sees (not what is reported)")
-    p.flag("temperature", 1.0, "of sampling, at the first round")
-    p.flag("temperature_end", 1.0, "at the last round; linear between")
-    p.flag("epsilon", 0.0, "share of tokens drawn at random, at the first round (0.1 for rejection sampling); the ratio knows of it")
-    p.flag("epsilon_end", 0.0, "at the last round")
+    p.flag("temperature", 1.0, "of sampling, at the first round", low=1e-3)
+    p.flag("temperature_end", 1.0, "at the last round; linear between", low=1e-3)
+    p.flag("epsilon", 0.0, "share of tokens drawn at random at first (0.1 for rejection sampling); the ratio knows of it", high=1)
+    p.flag("epsilon_end", 0.0, "at the last round", high=1)
     p.flag("pairs", 1024, "pairs of completions that the judge compares for a reward model, per version")
     # what comes out
     p.flag("beam", 5, "width of the beam search shown beside sampling")
-    p.flag("seed", 0, "of weights, batches and samples")
+    p.flag("seed", 0, "of weights, batches and samples", low=0)
     p.flag("smoke", False, "the same path with tiny numbers, under a minute")
     said = " ".join(sys.argv if argv is None else argv)
     # rejection sampling learns from winners alone: noise costs it nothing, and without, it samples the same few texts again and again
@@ -82,11 +82,6 @@ def get_args(argv=None):
     if "--smoke" in said:                                       # its numbers are defaults: other flags still win over them
         p.set_defaults(steps=20, batch_size=16, n_embd=32, iterations=4, prompts=4, group=4, pairs=64, beam=2)
     args = p.parse_args(argv)
-    ranges = {name: (0, 1) for name in ("epsilon", "epsilon_end", "gamma", "lam")} | {name: (0, 1e9) for name in ("kl", "entropy", "seed")}
-    for name, x in vars(args).items():              # all other counts are at least 1, all other numbers more than 0
-        low, high = ranges.get(name, (2 if name == "group" else 1 if type(x) is int else 1e-9, 1e9))
-        if type(x) in (int, float) and not low <= x <= high:
-            p.error(f"argument --{name}: must be between {low:g} and {high:g}")
     if args.n_embd % (2 * args.n_head):
         p.error(f"argument --n_head: {args.n_head} heads do not share {args.n_embd} dimensions evenly, in pairs")
     args.device = common.pick_device()

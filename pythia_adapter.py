@@ -38,8 +38,8 @@ SHAPES = {"pythia-14m": (6, 128, 4), "pythia-31m": (6, 256, 8), "pythia-70m": (6
 def get_args(argv=None):
     p = common.Flags(__doc__)
     # what is asked of the cheetah
-    p.flag("target_rew", 1200.0, "return to run at, summed over the episode")
-    p.flag("targets", None, "several returns, for a table and a figure: 300 600 1200", nargs="+", type=float)
+    p.flag("target_rew", 1200.0, "return to run at, summed over the episode", low=-1e9)
+    p.flag("targets", None, "several returns, for a table and a figure: 300 600 1200", nargs="+", type=float, low=-1e9)
     p.flag("episodes", 10, "evaluation episodes per target, each from its own start")
     p.flag("max_steps", T_DATA, "evaluation horizon in steps of 0.05 s; the training data's is 1000")
     p.flag("dataset", "out/data/cheetah_ladder.hdf5", "episodes, a .hdf5 of Minari or D4RL; dt_cheetah.py is run to make this one")
@@ -62,7 +62,7 @@ def get_args(argv=None):
     p.flag("warmup", 50, "steps up to the peak; a cosine down to a tenth of it follows")
     p.flag("weight_decay", 1e-4, "AdamW's")
     p.flag("grad_clip", 1.0, "largest gradient norm")
-    p.flag("seed", 0, "of weights, batches and evaluation starts")
+    p.flag("seed", 0, "of weights, batches and evaluation starts", low=0)
     # what comes out
     p.flag("video", True, "write an mp4 of the first episode")
     p.flag("video_steps", 400, "its length in steps; 20 are a second")
@@ -73,12 +73,7 @@ def get_args(argv=None):
         p.set_defaults(dataset="out/data/cheetah_ladder_1_0.05_0.6.hdf5", model="random:pythia-14m", steps=20, episodes=2,
                        max_steps=100, video_steps=40)
     args = p.parse_args(argv)
-    for name in ("episodes", "max_steps", "context", "steps", "batch_size", "warmup", "video_steps"):
-        if getattr(args, name) < 1:
-            p.error(f"argument --{name}: must be at least 1")
     args.targets = args.targets or [args.target_rew]
-    if not all(map(math.isfinite, args.targets)):
-        p.error("argument --targets: must be finite")
     return args
 
 # ---- the trunk: GPT-NeoX (Black et al. 2022, arXiv 2204.06745), which Pythia is ---------------------------------------------

@@ -12,7 +12,7 @@ chunk is used, too. 2. free filters run before paid ones. 3. paragraphs are held
 grounded in their chunk. 5. ROUGE-L sees all kept questions, through an index.
 Not handled: PDF, pages made by JavaScript, a teacher that bills more than max_tokens or cuts one token into several.
 """
-import array, collections, concurrent.futures, contextlib, functools, hashlib, html, html.parser, ipaddress, json, math, os, pathlib, re
+import array, collections, concurrent.futures, contextlib, functools, hashlib, html, html.parser, ipaddress, json, os, pathlib, re
 import socket, sys, threading, time, urllib.parse, urllib.robotparser, zlib
 import numpy as np
 import requests, urllib3
@@ -32,7 +32,7 @@ def get_args(argv=None):
     p.flag("urls", [], "pages to read instead, each as NAME=https://...", nargs="+", type=str)
     p.flag("game", "chess", "what the guides are about; the teacher is told")
     p.flag("what", "piece", "what one guide describes: a piece, a character, a tool")
-    p.flag("max_mb", 4.0, "a larger file is an accident, no guide, and would be paid for: it is left out and counted")
+    p.flag("max_mb", 4.0, "a larger file is an accident, no guide, and would be paid for: it is left out and counted", low=1e-6)
     p.flag("delay", 1.0, "seconds between two pages of --urls: be a polite guest")
     p.flag("allow_private", False, "let --urls reach this machine and its network, where a page may send us to spy")
     # how it is cut
@@ -42,47 +42,43 @@ def get_args(argv=None):
     p.flag("chunks_min", 2, "fewest chunks")
     p.flag("chunks_max", 50, "most chunks, unless --context asks for more")
     p.flag("chunks_for", [], "for one long guide, NAME=mean,sd,min,max, as in fox=45,3,35,50", nargs="+", type=str)
-    p.flag("heldout", 0.1, "share of each guide whose questions are kept apart, one paragraph at least; 0: none")
+    p.flag("heldout", 0.1, "share of each guide whose questions are kept apart, one paragraph at least; 0: none", high=0.9)
     # who is asked
     p.flag("teacher", "cloze", "cloze: rules that blank out words, free; any other name is a model at --api_base")
     p.flag("api_base", OPENAI, "an OpenAI-compatible endpoint; vLLM's is http://localhost:8000/v1")
-    p.flag("temperature", 0.7, "0 would give the same pairs in every pass")
+    p.flag("temperature", 0.7, "0 would give the same pairs in every pass", high=2)
     p.flag("context", 16000, "tokens of prompt and reply; counted in bytes, for no token is less than one")
     p.flag("max_tokens", 1500, "tokens of a reply at most")
-    p.flag("parallel", 8, "requests at once")
-    p.flag("timeout", 120.0, "seconds until a request counts as lost")
-    p.flag("retries", 8, "attempts for one request; the pause doubles, and Retry-After is obeyed")
+    p.flag("parallel", 8, "requests at once", high=256)
+    p.flag("timeout", 120.0, "seconds until a request counts as lost", low=1e-6, high=1e6)
+    p.flag("retries", 8, "attempts for one request; the pause doubles, and Retry-After is obeyed", high=256)
     p.flag("price_in", None, "dollars per million prompt tokens, as the provider says; 0: your own server", type=float)
     p.flag("price_out", None, "dollars per million reply tokens", type=float)
     p.flag("max_cost", 5.0, "dollars for all runs in --out, requests under way included; 0 only shows the plan")
     # what is kept
-    p.flag("question_words", [3, 150], "fewest and most words of a question (Self-Instruct's)", nargs=2, type=int)
-    p.flag("answer_words", [1, 300], "fewest and most words of an answer", nargs=2, type=int)
+    p.flag("question_words", [3, 150], "fewest and most words of a question (Self-Instruct's)", nargs=2, type=int, low=0)
+    p.flag("answer_words", [1, 300], "fewest and most words of an answer", nargs=2, type=int, low=0)
     p.flag("blacklist", "as an ai,language model,i'm sorry,image,picture,video,http,ignore the above,previous instructions".split(","),
            "drops a pair; not Self-Instruct's list, for 'draw' and 'file' are chess", nargs="*", type=str)
-    p.flag("grounded", 0.6, "share of an answer's words that its chunk must have; less for a teacher that rephrases")
-    p.flag("rouge", 0.7, "a question nearer than this to a kept one (ROUGE-L) is dropped (Self-Instruct's)")
+    p.flag("grounded", 0.6, "share of an answer's words that its chunk must have; less for a teacher that rephrases", high=1)
+    p.flag("rouge", 0.7, "a question nearer than this to a kept one (ROUGE-L) is dropped (Self-Instruct's)", high=1)
     p.flag("vet", True, "ask the teacher of each pair whether it names somebody from outside the game")
-    p.flag("seed", 0, "of chunk counts, prompts and the held-out split")
+    p.flag("seed", 0, "of chunk counts, prompts and the held-out split", low=0)
     # what comes out
     p.flag("out", "out/selfinstruct", "folder of journal, pages, pairs and report")
     p.flag("smoke", False, "the same path with two passes")
     if "--smoke" in (sys.argv if argv is None else argv):
         p.set_defaults(passes=2)
     args = p.parse_args(argv)
-    for names, low, high in (("passes chunks_min max_tokens", 1, 1e6), ("parallel retries", 1, 256), ("chunks_max", args.chunks_min, 1e6),
-                             ("max_mb timeout", 1e-6, 1e6), ("chunks_mean chunks_sd delay max_cost", 0, 1e9), ("grounded rouge", 0, 1),
-                             ("heldout", 0, 0.9), ("temperature", 0, 2), ("context", args.max_tokens + 2000, 1e8), ("seed", 0, 2**63)):
-        for name in names.split():
-            if not low <= getattr(args, name) <= high:          # in this form nan fails, too
-                p.error(f"argument --{name}: must be between {low:g} and {high:g}")
+    if args.chunks_max < args.chunks_min or args.context < args.max_tokens + 2000:
+        p.error("--chunks_max is at least --chunks_min, and --context --max_tokens and 2,000 more for the prompt")
     override = [re.fullmatch(r"(.+)=(\d+\.?\d*),(\d+\.?\d*),([1-9]\d*),([1-9]\d*)", text) for text in args.chunks_for]
     if not all(override):
         p.error("argument --chunks_for: takes NAME=mean,sd,min,max, as in fox=45,3,35,50")
     args.chunks_for = {m[1].lower(): (float(m[2]), float(m[3]), int(m[4]), int(m[5])) for m in override}
     if args.teacher == "cloze":
         args.price_in = args.price_out = 0.0
-    if not all(price is not None and 0 <= price < math.inf for price in (args.price_in, args.price_out)):
+    if None in (args.price_in, args.price_out):
         p.error("arguments --price_in and --price_out: dollars per million tokens, as the provider says; 0 for a server of your own")
     if "@" in args.api_base:
         p.error("argument --api_base: must not hold a password, which would end up in the results; a key goes into OPENAI_API_KEY")

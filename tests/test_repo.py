@@ -1,8 +1,9 @@
 """The README and the house: what is written about the scripts is what they are."""
-import ast, re, subprocess, sys
+import ast, importlib, re, subprocess, sys
 
 import pytest
 
+import common
 from conftest import ROOT
 
 README = (ROOT / "README.md").read_text() if (ROOT / "README.md").exists() else ""
@@ -67,6 +68,23 @@ def test_importing_a_script_runs_nothing(tmp_path):
         r = subprocess.run([sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {script[:-3]}"],
                            cwd=tmp_path, capture_output=True, text=True, timeout=60)
         assert r.returncode == 0 and not r.stdout and not r.stderr and not list(tmp_path.iterdir()), r.stderr
+
+
+def test_no_number_is_taken_blindly(monkeypatch, capsys):
+    """Every number that a flag takes has a range; what is outside, or no number, gets a sentence that names the flag."""
+    built, Flags = [], common.Flags
+    monkeypatch.setattr(common, "Flags", lambda doc: built.append(Flags(doc)) or built[-1])
+    for script in SCRIPTS:
+        get_args = importlib.import_module(script[:-3]).get_args
+        get_args([])
+        ranges = dict(built[-1].ranges)
+        assert "seed" in ranges and len(ranges) >= 10
+        for name, (low, high) in ranges.items():
+            for x in ("nan", "inf", f"{low - 1:.0f}", f"{2 * high + 1:.0f}"):
+                with pytest.raises(SystemExit) as e:
+                    get_args([f"--{name}={x}"])
+                said = capsys.readouterr().err
+                assert e.value.code == 2 and said.count("\n") == 1 and f"--{name}" in said, (script, name, x, said)
 
 
 def test_requirements_are_pinned():

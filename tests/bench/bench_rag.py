@@ -5,23 +5,14 @@ in turns, five times: medians and the spread of the ratio. cdist and the tree do
 --sweep: closed loop at 300, 600, 1200, 2400, four episodes each, over k, --store_episodes and --rate_weight; everything else is the default.
 Run it where out/data/cheetah_ladder.hdf5 is, or can be made.
 """
-import os, pathlib, platform, sys, time
+import os, pathlib, platform, sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 import numpy as np
 import torch
 
 import rag_cheetah as rag
-
-
-def in_turns(rounds, jobs):
-    times = {name: [] for name in jobs}
-    for _ in range(rounds):
-        for name, job in jobs.items():
-            began = time.perf_counter()
-            job()
-            times[name].append(time.perf_counter() - began)
-    return times
+from timing import in_turns
 
 
 def search():
@@ -37,14 +28,16 @@ def search():
     for n in (1, 40):
         q, want = obs[:n] + 0.1 * np.float32(rng.standard_normal((n, 17))), rate[:n]
         key = torch.from_numpy(store.key(q, want))
-        jobs = {"find()": lambda: store.find(q, want, k), "torch.cdist, topk": lambda: torch.cdist(key, keys).topk(k, 1, largest=False)}
+        jobs = {"find()": lambda: len(store.find(q, want, k)[0]), "torch.cdist, topk": lambda: len(torch.cdist(key, keys).topk(k, 1, largest=False)[0])}
         if tree:
-            jobs["scipy cKDTree"] = lambda: tree.query(key.numpy(), k)
-        times = in_turns(6, jobs)
-        for name, t in times.items():
-            ratio = np.array(t[1:]) / np.array(times["find()"][1:])                 # the first round warms up
-            print(f"{E * L:,} states, {n:2d} queries, {name:18s} {1000 * np.median(t[1:]) / n:8.2f} ms a query, find() is "
-                  f"{np.median(ratio):.2f}x as fast ({ratio.min():.2f}-{ratio.max():.2f}); asked: 2 ms on 2 cores", flush=True)
+            jobs["scipy cKDTree"] = lambda: len(tree.query(key.numpy(), k)[0])
+        speeds = {name: np.array(x[1:]) for name, x in in_turns(6, **jobs).items()}             # the first round warms up
+        print(f"\n{E * L:,} states, {n} queries at once (ms a query; asked of find(): 2 on 2 cores)")
+        for name, x in speeds.items():
+            print(f"  {name:34s} {1000 / np.median(x):12.2f}")
+        for name, x in list(speeds.items())[1:]:
+            r = speeds["find()"] / x
+            print(f"  find() / {name}: {np.median(r):.2f}x ({r.min():.2f}-{r.max():.2f})", flush=True)
 
 
 def sweep():

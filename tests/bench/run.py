@@ -24,7 +24,8 @@ def main():
                 print(line, end="", flush=True)
                 found = re.search(r"([\d.]+)(?:x| times)(?: as fast)?(?: \(([\d.]+)-([\d.]+))?", line)
                 if found:
-                    table.append((name, " ".join(f"{title} {line[:found.start()]}".split())[:90], *found.groups()))
+                    what = f"{title} {line[:found.start()]}" if line.startswith(" ") else line[:found.start()]      # indented: part of what stands above
+                    table.append((name, " ".join(what.split())[:90], *found.groups()))
                 title = line.strip() if not found and not line.startswith(" ") else title
             if p.wait():
                 table.append((name, f"FAILED with status {p.returncode}", "", None, None))

@@ -69,10 +69,8 @@ def get_args(argv=None):
     p.flag("out", "out/lora", "folder for the adapter, the checkpoint, completions and the merged model")
     p.flag("smoke", False, "the same path with tiny numbers, under a minute")
     args = p.parse_args(argv)
-    if args.model != "demo":                        # these are defaults still: what was said on the command line stays
-        p.set_defaults(load_4bit=False, epochs=2.0, lr=2e-4, block_size=1024, batch_size=16)
-    if args.smoke:
-        p.set_defaults(epochs=1.0, max_new=16)
+    big = dict(load_4bit=False, epochs=2.0, lr=2e-4, block_size=1024, batch_size=16) if args.model != "demo" else {}
+    p.set_defaults(**big | (dict(epochs=1.0, max_new=16) if args.smoke else {}))        # defaults still: what was said stays
     return p.parse_args(argv)
 
 # ---- data: tokenizers --------------------------------------------------------------------------------------------------------
@@ -110,8 +108,7 @@ class CharBPE(ByteBPE):
         self.bytes |= {vocab[f"<0x{b:02X}>"]: bytes([b]) for b in range(256)}
     def encode(self, text):
         text = text.replace(" ", SPACE)
-        if text and (self.prefix == "always" or self.prefix == "unless there" and text[0] != SPACE):
-            text = SPACE + text
+        text = SPACE * bool(text and (self.prefix == "always" or self.prefix == "unless there" and text[0] != SPACE)) + text
         parts = [p for c in text for p in ([c] if c in self.vocab else [f"<0x{b:02X}>" for b in c.encode("utf-8", "replace")])]
         # a linked list of parts and a heap of possible merges: O(n log n), for there are no words, the text is one piece
         left, right, heap = list(range(-1, len(parts))), list(range(1, len(parts) + 1)), []
@@ -246,8 +243,7 @@ def read_config(path):
         cfg = types.SimpleNamespace(
             **sizes, eps=float(c.get("rms_norm_eps", 1e-6)), theta=float(rope.get("rope_theta") or c.get("rope_theta", 1e4)),
             stretch=[float(rope[k]) for k in stretch] if kind == "llama3" else [], tied=bool(c.get("tie_word_embeddings")),
-            dtype=str(c.get("dtype") or c.get("torch_dtype")), bos=[] if bos is None else [bos],
-            eos=eos if isinstance(eos, list) and eos else [eos])
+            dtype=str(c.get("dtype") or c.get("torch_dtype")), bos=[] if bos is None else [bos], eos=isinstance(eos, list) and eos or [eos])
         if not (all(type(i) is int and 0 <= i < cfg.vocab_size for i in cfg.bos + cfg.eos) and min(*sizes.values(), *cfg.stretch) > 0
                 and cfg.n_head % cfg.n_kv_head == cfg.head_dim % 2 == 0 <= cfg.eps < 1 < cfg.theta < math.inf):
             raise ValueError("its numbers do not fit each other")           # whether the tensors fit them is for load_model to see
@@ -435,8 +431,7 @@ if triton:
     @triton.jit
     def dequantize_kernel(packed, absmax, code, code2, absmax2, offset, block, block2, out, n, TILE: tl.constexpr):
         """out[2i], out[2i + 1] = the two weights of packed[i], n bytes in all"""
-        i = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
-        i = tl.minimum(i, n - 1)                                        # the last tile writes its last byte several times
+        i = tl.minimum(tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE), n - 1)    # the last tile repeats its last byte
         first, second = two_weights(i, packed, absmax, code, code2, absmax2, offset, block, block2)
         tl.store(out + 2 * i, first.to(out.dtype.element_ty))
         tl.store(out + 2 * i + 1, second.to(out.dtype.element_ty))
@@ -472,8 +467,8 @@ class MatMul4(torch.autograd.Function):
 # ---- the idea, second half: LoRA (arXiv 2106.09685) --------------------------------------------------------------------------
 
 def times(x, w):
-    """x w^T: x (..., n_in), w (n_out, n_in). A few short vectors in fp32 on a CPU: while they fill half of the first cache at most, the
-    product written the other way round, a lone vector doubled, reads w up to twice as fast as MKL's usual ways."""
+    """x w^T: x (..., n_in), w (n_out, n_in). A few fp32 vectors that fill half of a CPU's first cache at most, a lone one doubled, go the
+    other way round: MKL then reads w up to twice as fast."""
     rows = x.reshape(-1, x.size(-1))
     if x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_grad_enabled() or max(2, len(rows)) * w.size(1) > 4000:
         return F.linear(x, w)
@@ -641,8 +636,7 @@ def beam(model, prompt, width, max_new, eos, length_penalty=1.0, repetition_pena
         if len(parent) != cache.kv.size(2):     # one row becomes `width`
             cache.kv = cache.kv[:, :, parent.to(device)]
         elif parent.tolist() != list(range(len(parent))):               # the prompt's part is the same in all and stays where it is
-            mine = cache.kv[..., len(prompt):cache.T, :]
-            mine.copy_(mine.index_select(2, parent.to(device)))
+            cache.kv[..., len(prompt):cache.T, :] = cache.kv[..., len(prompt):cache.T, :].index_select(2, parent.to(device))
         return model.logits(model(ids[:, cache.T:].to(device), cache=cache)[:, -1])
     return common.beam_search(step, prompt, width, max_new, eos, length_penalty, repetition_penalty)[0][len(prompt):]
 
@@ -678,8 +672,8 @@ def train(model, packed, epochs, lr, batch_size, path, args, name):
     """AdamW on what of the model wants a gradient -> the last loss. Batch and dropout are functions of (seed, step) alone,
     so a run that was killed goes on from `path` to the same weights. Under torchrun the processes share each batch."""
     params, per_epoch = {n: p for n, p in model.named_parameters() if p.requires_grad}, -(-len(packed) // batch_size)
-    steps = max(1, round(epochs * per_epoch))
-    warm, start, loss = max(1, round(0.03 * steps)), 0, math.nan
+    steps, start, loss = max(1, round(epochs * per_epoch)), 0, math.nan
+    warm = max(1, round(0.03 * steps))
     opt = torch.optim.AdamW(params.values(), lr=lr, betas=(0.9, 0.95), weight_decay=0.1)       # the last two as in Llama 2
     model.train()
     shaped_by = "model adapter load_4bit double_quant dtype seed lora_r lora_alpha lora_dropout rslora micro_batch".split()
@@ -690,8 +684,7 @@ def train(model, packed, epochs, lr, batch_size, path, args, name):
         model.load_state_dict(saved["params"], strict=False)
         print(f"{name}: goes on from step {start}")
     bar = tqdm(range(start, steps), desc=name, unit="step", initial=start, total=steps, disable=True if RANK else None)
-    for step in bar:
-        # linear up, then a cosine down to a tenth
+    for step in bar:                            # the rate goes up in a line, then down to a tenth in a cosine
         rate = (step + 1) / warm if step < warm else 0.55 + 0.45 * math.cos(math.pi * (step - warm) / max(1, steps - warm))
         opt.param_groups[0]["lr"] = lr * rate
         order = np.random.default_rng([args.seed, step // per_epoch]).permutation(len(packed))

@@ -35,12 +35,13 @@ def stepper(trunk, adapter, K, B, device):
     r, s, a = (x.to(device) for x in (torch.rand(B, K, generator=g), torch.randn(B, K, 17, generator=g), torch.rand(B, K, 6, generator=g)))
     t, valid = torch.arange(K, device=device).repeat(B, 1), torch.ones(B, K, dtype=torch.bool, device=device)
 
-    def step():
+    def step(learn=True):
         loss = torch.nn.functional.mse_loss(adapter(trunk, r, s, a, t, valid), a)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(adapter.parameters(), 1.0)
-        optimizer.step()
+        if learn:
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(adapter.parameters(), 1.0)
+            optimizer.step()
         return loss.item()
     return step
 
@@ -73,7 +74,7 @@ def main():
     for shape, K, B in (("pythia-70m", 2, 32), ("pythia-70m", 20, 8), ("pythia-410m", 2, 32)):
         both = pair(shape, device)
         steps = {name: stepper(*x, K, B, device) for name, x in both.items()}
-        losses = {name: [step() for _ in range(2)][0] for name, step in steps.items()}
+        before = " and ".join(f"{step(learn=False):.4f}" for step in steps.values())            # they share adapter and weights: one loss
         n, speeds = max(1, int(2 / time_of(steps["ours"]))), {name: [] for name in steps}      # two seconds a turn
         for _ in range(5):
             for name, step in steps.items():
@@ -85,7 +86,7 @@ def main():
         used = {name: memory(step, both[name][0], device) for name, step in steps.items()}
         print(f"{shape}, K {K}, batch {B}, {pa.trunk_dtype(pa.get_args([]), device, False)} on {device}: "
               f"{np.median(speeds['ours']):.2f} and {np.median(speeds['transformers']):.2f} steps/s, {np.median(ratio):.2f}x "
-              f"({ratio.min():.2f}-{ratio.max():.2f}; asked 1.2x); {used['ours']:.1f} and {used['transformers']:.1f} MB kept; first losses {losses}", flush=True)
+              f"({ratio.min():.2f}-{ratio.max():.2f}; asked 1.2x); {used['ours']:.1f} and {used['transformers']:.1f} MB kept; loss {before}", flush=True)
 
 
 def time_of(step):

@@ -319,13 +319,16 @@ def write_episodes(path, obs, act, rew):
 
 
 def find_ladder(name):
-    """--dataset -> its path. What dt_cheetah.py's defaults or its --ladder_episodes 1 make is made by it, in a process."""
+    """--dataset -> its path. What dt_cheetah.py's defaults or its --ladder_episodes 1 make is made by it, in a process, if it is not there
+    or older than the ladder."""
     path, script = pathlib.Path(name), pathlib.Path(__file__).with_name("dt_cheetah.py")
-    made = re.fullmatch(r"out/data/cheetah_ladder(_1_0\.05_0\.6)?\.hdf5", name)
-    if not path.exists() and made and script.exists():
+    ladder = script.with_name("data") / "cheetah_ladder.npz"
+    made = re.fullmatch(r"out/data/cheetah_ladder(_1_0\.05_0\.6_0\.3)?\.hdf5", name)
+    good = path.exists() and not (ladder.exists() and path.stat().st_mtime < ladder.stat().st_mtime)
+    if made and script.exists() and not good:
         import subprocess
         flags = "--collect" + (" --ladder_episodes 1" if made[1] else "")
-        print(f"{path} is not there; dt_cheetah.py makes it: python {script.name} {flags}", flush=True)
+        print(f"dt_cheetah.py makes {path}: python {script.name} {flags}", flush=True)
         if subprocess.run([sys.executable, script, *flags.split()], stdout=subprocess.DEVNULL).returncode:
             sorry("dt_cheetah.py could not make the episodes; its sentence is above")
     if not path.is_file():

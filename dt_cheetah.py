@@ -26,6 +26,7 @@ from common import Cheetahs, sorry
 S_DIM, A_DIM, DT = 17, 6, 0.05          # HalfCheetah-v5: observation, action, seconds per step (common.Cheetahs is many of them)
 T_DATA = 1000                           # its time limit, and the length of the timestep embedding
 OUT, SAVE_EVERY = pathlib.Path("out"), 100
+LADDER = str(pathlib.Path(__file__).resolve().parent / "data" / "cheetah_ladder.npz")
 NAMES = dict(rate="DT, reward rate", rtg="DT, return-to-go", bc="behaviour cloning")
 
 # ---- flags -----------------------------------------------------------------------------------------------------------------
@@ -42,11 +43,12 @@ def get_args(argv=None):
     p.flag("push", 0.0, "shove the torso every 200 steps: spread of the kick in m/s and rad/s", high=100)
     # what it learns from
     p.flag("dataset", "ladder", "ladder (made here), mujoco/halfcheetah/expert-v0 (Minari), halfcheetah-medium-v2 (D4RL) or a .hdf5")
-    p.flag("ladder", str(pathlib.Path(__file__).resolve().parent / "data" / "cheetah_ladder.npz"), "the gaits, as --search writes them")
+    p.flag("ladder", LADDER, "the gaits, as --search writes them")
     p.flag("collect", False, "only make the ladder's episodes, out/data/cheetah_ladder.hdf5; other scripts read them")
     p.flag("ladder_episodes", 12, "episodes per gait of the ladder")
     p.flag("action_noise", 0.05, "spread of the noise on the ladder's actions: the data then shows how to recover", high=2)
     p.flag("cross_start", 0.6, "share of episodes that start in mid-run of another gait: the data then shows how to change speed", high=1)
+    p.flag("rough", 0.3, "share of episodes that start far from rest and are shoved: the data then shows how to come back", high=1)
     # how the target reaches the model
     p.flag("condition", "rate", "rate: reward per step still to earn; rtg: the paper's return-to-go; bc: nothing", choices=list(NAMES))
     p.flag("baseline", [], "others to train and show beside: bc (behaviour cloning), rtg", nargs="+", choices=list(NAMES))
@@ -100,13 +102,16 @@ def numbers(text):
 
 # ---- gaits: affine policies, many at once ----------------------------------------------------------------------------------
 
-def play(W, b, start, T, noise=0.0, rng=None):
-    """Let n affine policies a = clip(W obs + b + noise) run T steps: W (n, 6, 17), b (n, 6), start (n, 19) states.
+def play(W, b, start, T, noise=0.0, rng=None, shove=None):
+    """Let n affine policies a = clip(W obs + b + noise) run T steps: W (n, 6, 17), b (n, 6), start (n, 19) states. shove (n, 3):
+    what the torso's velocities (m/s, m/s, rad/s) change by every 100 steps.
     -> obs (n, T+1, 17), act (n, T, 6), rew (n, T), float32, and the last states (n, 19)."""
     n, sim = len(W), Cheetahs(len(W))
     obs, act, rew = (np.empty((n, *shape), np.float32) for shape in ((T + 1, S_DIM), (T, A_DIM), (T,)))
     sim.state = start.copy()
     for t in range(T):
+        if shove is not None and t % 100 == 50:
+            sim.state[:, 10:13] += shove
         o = sim.state[:, 2:]
         a = (W @ o[:, :, None])[:, :, 0] + b
         if noise:
@@ -116,10 +121,10 @@ def play(W, b, start, T, noise=0.0, rng=None):
     return obs, act, rew, sim.state
 
 
-def starts(n, rng, running=None):
+def starts(n, rng, running=None, noise=0.1):
     """n start states (n, 19): from rest, or every second one from running (m, 19), states that gaits were in in mid-run."""
     sim = Cheetahs(n)
-    sim.reset(rng)
+    sim.reset(rng, noise)
     if running is not None:
         sim.state[::2] = running[rng.integers(0, len(running), (n + 1) // 2)]
         sim.state[:, :2] = 0
@@ -169,20 +174,21 @@ def fast_gait(args, z, save):
     return W, X[:, S_DIM] - W @ mean
 
 
-def gait_near(W, b, speed, running, args, rng):
+def gait_near(W, b, speed, running, hard, args, rng):
     """Change a gait until it earns `speed` per step: random search again, the score now minus the distance from it, second by
-    second (20 steps); a fall costs 2. Half the episodes start in other gaits' runs and all actions are noisy: what survives
-    that can be switched to. Without running (m, 19) neither."""
+    second (20 steps); a fall costs 2. Half the episodes start in running (m, 19), states of other gaits, and all actions are noisy:
+    what survives that can be switched to. hard: the others start rough, and the torso is shoved: what survives that comes back."""
     noise = 0.0 if running is None else 0.05
     obs = play(W[None].repeat(8, 0), b[None].repeat(8, 0), starts(8, rng), 300, 0.05, rng)[0][:, 50:].reshape(-1, S_DIM)
     mean, std = obs.mean(0, dtype=np.float64), np.maximum(obs.std(0, dtype=np.float64), 0.05)
     X = np.concatenate([W * std, (b + W @ mean)[:, None]], 1)
     for _ in range(args.search_iters):
-        start = starts(4, rng, running)             # the same four starts for all directions: their luck cancels
+        start = starts(4, rng, running, 0.4 if hard else 0.1)           # the same four starts and shoves for all directions:
+        shove = 1.5 * hard * rng.standard_normal((4, 3))                # their luck cancels
 
         def score(W, b):
             n = len(W)
-            obs, _, rew, _ = play(W.repeat(4, 0), b.repeat(4, 0), np.tile(start, (n, 1)), 300, noise, rng)
+            obs, _, rew, _ = play(W.repeat(4, 0), b.repeat(4, 0), np.tile(start, (n, 1)), 300, noise, rng, np.tile(shove, (n, 1)))
             up = upright(obs)
             miss = np.abs((rew * up).reshape(-1, 15, 20).mean(2) - speed).mean(1) + 2 * ~up[:, -1]
             return -miss.reshape(n, 4).mean(1)
@@ -193,12 +199,14 @@ def gait_near(W, b, speed, running, args, rng):
 
 
 def gait_test(W, b, running, rng):
-    """16 episodes from rest, and 24 in mid-run with action noise -> mean and std of the return of the first, falls in all."""
+    """16 episodes from rest, and 24 in mid-run with action noise and shoves -> mean and std of the return of the first, and falls:
+    of the first all count, of the others what goes beyond two."""
     obs, _, rew, _ = play(W[None].repeat(16, 0), b[None].repeat(16, 0), starts(16, rng), T_DATA)
     falls = (~upright(obs)[:, -1]).sum()
     if running is not None:
-        rough = play(W[None].repeat(24, 0), b[None].repeat(24, 0), running[rng.integers(0, len(running), 24)], T_DATA, 0.05, rng)[0]
-        falls += (~upright(rough)[:, -1]).sum()
+        start, shove = running[rng.integers(0, len(running), 24)], rng.standard_normal((24, 3))
+        rough = play(W[None].repeat(24, 0), b[None].repeat(24, 0), start, T_DATA, 0.05, rng, shove)[0]
+        falls += max(0, (~upright(rough)[:, -1]).sum() - 2)
     return rew.sum(1).mean(), rew.sum(1).std(), falls
 
 
@@ -216,7 +224,7 @@ def search(args, file):
     if "W" not in z:
         W, b = fast_gait(args, z, save)
         rew = play(W[None].repeat(16, 0), b[None].repeat(16, 0), starts(16, np.random.default_rng(0)), 300)[2]
-        save(W=W, b=b, first=np.round(rew.mean(), 1), i=0, tries=0, rough=True, vetted=0, failed=np.empty(0),
+        save(W=W, b=b, first=np.round(rew.mean(), 1), i=0, tries=0, rough=True, vetted=0, failed=np.empty(0), hard=np.empty(0, bool),
              Ws=np.empty((0, A_DIM, S_DIM)), bs=np.empty((0, A_DIM)), found=np.empty((0, 2)), running=np.empty((0, 16, 19)))
     # finer where the gaits are slow: there a rung is a larger share of what is asked
     speeds = np.concatenate([np.arange(-0.25, 1.1, 0.09), np.arange(1.1, 3.0, 0.12), np.arange(3.0, 5.8, 0.16), np.arange(5.8, 6.4, 0.08)])
@@ -232,13 +240,14 @@ def search(args, file):
         near = z["running"][np.argsort(np.abs(z["found"][:, 0] / T_DATA - plan[i]))[:5]]
         rough = lambda own: np.concatenate([own, *near]) if z["rough"] else None
         own = play(W[None].repeat(16, 0), b[None].repeat(16, 0), starts(16, rng), 150, 0.05, rng)[3]
-        W, b = gait_near(W, b, plan[i], rough(own), args, rng)
+        W, b = gait_near(W, b, plan[i], rough(own), z["rough"], args, rng)
         own = play(W[None].repeat(16, 0), b[None].repeat(16, 0), starts(16, rng), 150, 0.05, rng)[3]
         mean, std, falls = gait_test(W, b, rough(own), rng)
         bar.set_postfix(wanted=f"{plan[i]:.2f}", got=f"{mean:.0f}+-{std:.0f}", falls=falls)
         if falls == 0 and std < min(max(25, 0.012 * mean), 55):
             save(W=W, b=b, i=i + 1, tries=0, Ws=np.concatenate([z["Ws"], W[None]]), bs=np.concatenate([z["bs"], b[None]]),
-                 found=np.concatenate([z["found"], [[mean, std]]]), running=np.concatenate([z["running"], own[None]]))
+                 found=np.concatenate([z["found"], [[mean, std]]]), running=np.concatenate([z["running"], own[None]]),
+                 hard=np.append(z["hard"], z["rough"]))
         elif tries + 1 < args.search_tries:
             save(W=W, b=b, tries=tries + 1)
         elif not len(z["Ws"]):
@@ -260,7 +269,7 @@ def search(args, file):
         bad = ~upright(obs)[:, -1] | (np.abs(ret - np.median(ret)) > 200)
         z["found"][g] = ret.mean(), ret.std()
         if bad.any() and tries + 1 < args.search_tries:
-            z["Ws"][g], z["bs"][g] = gait_near(W, b, rew[~bad, 300:].mean(), start[bad], args, rng)
+            z["Ws"][g], z["bs"][g] = gait_near(W, b, rew[~bad, 300:].mean(), start[bad], z["hard"][g], args, rng)
             save(tries=tries + 1)
         else:
             save(tries=0, vetted=g + 1, failed=np.append(z["failed"], bad.sum()))
@@ -276,7 +285,7 @@ def search(args, file):
 
 
 def collect(args, path):
-    """Replay every gait of the ladder, with noise on its actions and from other gaits' mid-run states, into path (.hdf5)."""
+    """Replay every gait of the ladder, with noise on its actions, from other gaits' mid-run states, shoved, into path (.hdf5)."""
     z = common.load_arrays(args.ladder)
     W, b = z["W"].astype(np.float64), z["b"].astype(np.float64)
     G, each, folder = len(W), min(6, args.ladder_episodes), path.with_suffix(".parts")
@@ -289,11 +298,12 @@ def collect(args, path):
             # in whose run does an episode start? half of the crossings in a neighbour's, half in anyone's
             u, near = rng.random(n), np.clip(gait + rng.choice([-2, -1, 1, 2], n), 0, G - 1)
             other = np.where(u < args.cross_start / 2, near, rng.integers(0, G, n))
-            start = starts(n, rng)
+            rough = (rng.random(n) < args.rough)[:, None]
+            start = np.where(rough, starts(n, rng, noise=0.4), starts(n, rng))
             running = play(W[other], b[other], start, 150, args.action_noise, rng)[3]
             start[u < args.cross_start] = running[u < args.cross_start]
             start[:, :2] = 0
-            obs, act, rew, _ = play(W[gait], b[gait], start, T_DATA, args.action_noise, rng)
+            obs, act, rew, _ = play(W[gait], b[gait], start, T_DATA, args.action_noise, rng, rough * rng.standard_normal((n, 3)))
             ok = upright(obs)[:, -1]                # a fall teaches how to lie on one's back: left out
             with common.whole_file(file) as part:
                 np.savez(part, obs=obs[ok], act=act[ok], rew=rew[ok])
@@ -310,9 +320,10 @@ def find_dataset(args):
     """--dataset -> Episodes: the ladder (collected if need be), a known name (downloaded if need be) or a file. Says what it is."""
     name, folder = args.dataset, OUT / "data"
     if name == "ladder":
-        how = (args.ladder_episodes, args.action_noise, args.cross_start)
-        path = folder / ("cheetah_ladder.hdf5" if how == (12, 0.05, 0.6) else "cheetah_ladder_{}_{}_{}.hdf5".format(*how))
-        if not path.exists():
+        how, ladder = [args.ladder_episodes, args.action_noise, args.cross_start, args.rough], pathlib.Path(args.ladder)
+        how += [] if args.ladder == LADDER else [hashlib.sha256(ladder.read_bytes()).hexdigest()[:8]]
+        path = folder / ("_".join(map(str, ["cheetah_ladder"] + how * (how != [12, 0.05, 0.6, 0.3]))) + ".hdf5")
+        if not path.exists() or path.stat().st_mtime < ladder.stat().st_mtime:          # or it is of an older ladder
             collect(args, path)
     elif re.fullmatch(r"mujoco/halfcheetah/(simple|medium|expert)-v[012]", name):
         path = common.download(f"https://huggingface.co/datasets/farama-minari/mujoco/resolve/main/{name[7:]}/data/main_data.hdf5",
@@ -548,7 +559,7 @@ def figure(rows, path):
 
 def checkpoint(args, condition):
     """A model's file is named after all that shaped it: other flags make another model, the same flags find it again."""
-    shape = {k: getattr(args, k) for k in ("dataset ladder_episodes action_noise cross_start n_layer n_head n_embd context dropout "
+    shape = {k: getattr(args, k) for k in ("dataset ladder_episodes action_noise cross_start rough n_layer n_head n_embd context dropout "
                                            "steps batch_size lr warmup weight_decay grad_clip dtype seed").split()}
     gaits = pathlib.Path(args.ladder).read_bytes() if args.dataset == "ladder" else b""
     return OUT / f"dt_cheetah_{condition}_{hashlib.sha256(json.dumps(shape).encode() + gaits).hexdigest()[:8]}.pt"

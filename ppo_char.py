@@ -55,7 +55,7 @@ def get_args(argv=None):
     p.flag("batch_size", 64, "lines per step")
     p.flag("lr", 3e-3, "AdamW's peak learning rate in pretraining; a cosine goes down to a tenth of it")
     # reinforcement learning
-    p.flag("iterations", 100, "rounds of sampling and updating (200 for rejection sampling); rlhf shares them out among its five versions")
+    p.flag("iterations", 100, "rounds of sampling and updating (300 for rejection sampling); rlhf shares them out among its five versions")
     p.flag("prompts", 16, "prompts per round")
     p.flag("group", 8, "completions per prompt: G of GRPO and RLOO, K of rejection sampling", low=2)
     p.flag("epochs", 2, "gradient steps on each round's completions")
@@ -79,7 +79,7 @@ def get_args(argv=None):
     p.flag("smoke", False, "the same path with tiny numbers, under a minute")
     said = " ".join(sys.argv if argv is None else argv)
     # rejection sampling learns from winners alone: noise costs it nothing, and without, it samples the same few texts again and again
-    p.set_defaults(**dict(iterations=200, epsilon=0.1) if re.search("--algo[ =]rejection", said) else {})
+    p.set_defaults(**dict(iterations=300, epsilon=0.1) if re.search("--algo[ =]rejection", said) else {})
     if "--smoke" in said:                                       # its numbers are defaults: other flags still win over them
         p.set_defaults(steps=20, batch_size=16, n_embd=32, iterations=4, prompts=4, group=4, pairs=64, beam=2)
     args = p.parse_args(argv)

@@ -70,7 +70,7 @@ def get_args(argv=None):
     p.flag("compare", False, "run this and the other policies as processes: one table, one figure")
     p.flag("smoke", False, "the same path with tiny numbers, under a minute")
     if "--smoke" in (sys.argv if argv is None else argv):       # its numbers are defaults: other flags still win over them
-        p.set_defaults(dataset="out/data/cheetah_ladder_1_0.05_0.6.hdf5", model="random:pythia-14m", steps=20, episodes=2,
+        p.set_defaults(dataset="out/data/cheetah_ladder_1_0.05_0.6_0.3.hdf5", model="random:pythia-14m", steps=20, episodes=2,
                        max_steps=100, video_steps=40)
     args = p.parse_args(argv)
     args.targets = args.targets or [args.target_rew]

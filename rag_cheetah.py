@@ -59,7 +59,7 @@ def get_args(argv=None):
     p.flag("renderer", "numpy", "numpy works anywhere; mujoco wants a working OpenGL", choices=["numpy", "mujoco"])
     p.flag("smoke", False, "the same path with tiny numbers, under a minute")
     if "--smoke" in (sys.argv if argv is None else argv):       # its numbers are defaults: other flags still win over them
-        p.set_defaults(dataset="out/data/cheetah_ladder_1_0.05_0.6.hdf5", episodes=2, max_steps=100, video_steps=40)
+        p.set_defaults(dataset="out/data/cheetah_ladder_1_0.05_0.6_0.3.hdf5", episodes=2, max_steps=100, video_steps=40)
     args = p.parse_args(argv)
     args.targets = args.targets or [args.target_rew]
     if args.llm == "knn":

@@ -446,7 +446,7 @@ def test_the_kl_weight_keeps_the_policy_near(small, tmp_path, flags):
 
 def test_rejection_samples_with_noise_and_takes_longer_unless_told_otherwise():
     get = lambda *flags: (lambda a: (a.iterations, a.epsilon))(pc.get_args([*flags]))
-    assert get("--algo", "rejection") == get("--algo=rejection") == (200, 0.1) and get() == get("--algo", "grpo") == (100, 0.0)
+    assert get("--algo", "rejection") == get("--algo=rejection") == (300, 0.1) and get() == get("--algo", "grpo") == (100, 0.0)
     assert get("--algo", "rejection", "--iterations", "7", "--epsilon", "0") == (7, 0.0) and get("--algo", "rejection", "--smoke")[0] == 4
 
 

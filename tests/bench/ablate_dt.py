@@ -23,6 +23,7 @@ ROWS = [
     ("rate, clock runs to the end", [], FULL_CLOCK),
     ("no action noise", ["--action_noise", "0"], ""),
     ("no episodes from other gaits' runs", ["--cross_start", "0"], ""),
+    ("no rough starts, no shoves", ["--rough", "0"], ""),
     ("every 4th gait of the ladder", ["--ladder", "out/ladder_4th.npz", "--ladder_episodes", "48"], ""),
     ("K = 2", ["--context", "2"], ""),
     ("K = 5", ["--context", "5"], ""),

@@ -90,7 +90,7 @@ def test_the_ladder_is_small_dense_and_its_gaits_are_stable():
     assert gaps[np.sort(mean)[1:] <= 3000].max() <= 200 and gaps.max() <= 400
 
 
-@pytest.mark.xfail(strict=True, reason="asked: best >= 6000, and every gait under 60 over any six episodes; the best is 5895")
+@pytest.mark.xfail(strict=True, reason="asked: best >= 6000, and every gait under 60 over any six episodes; the best is 5973")
 def test_the_ladder_is_all_that_was_asked():
     z = common.load_arrays(LADDER)
     W, b = (z[k].astype(float).repeat(6, 0) for k in ("W", "b"))

@@ -5,9 +5,8 @@
     python pythia_adapter.py --compare                  # beside DT, cloning and nearest neighbours
 
 Measured: 1 core of an AMD EPYC (Zen 4), torch 2.13, the trunk random and in bfloat16; seeds 0-2, 10 episodes per target, last
-checkpoint. Asked for 300, 600, 1200, 2400 it reaches 300.3, 598.9, 1196.8, 2395.6 (mean error 0.28%, worst seed and target 0.64%,
-nobody fell); 48-61 s of training. Measured before rotary and mask were rewritten (the
-logits equal transformers' before and after). Pretrained weights were not run: the Hub could not be reached.
+checkpoint. Asked for 300, 600, 1200, 2400 it reaches 300.7, 599.6, 1194.6, 2390.5 (mean error 0.44%, worst seed and target 1.05%,
+nobody fell); about 70 s of training. Pretrained weights were not run: the Hub could not be reached.
 After Small-LLM's adapter on Pythia-410M, which made 74.9 +- 108 of 1200. Differs from it in:
 1. the return token carries the reward rate still to be earned, and the data is dt_cheetah.py's ladder of gaits
 2. K = 2 steps of context, 500 gradient steps; windows begin before the episode does in training too

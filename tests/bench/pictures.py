@@ -18,8 +18,9 @@ import common
 import dt_cheetah as dt
 
 
-def cheetah(targets=(600.0, 2400.0, 4800.0), begin=0, steps=144, every=2):
+def cheetah(targets=(600.0, 2400.0, 4800.0), begin=0, steps=140, every=2):
     args, panels = dt.get_args(["--episodes", "1"]), []
+    args.dtype = common.fast_dtype("cpu")
     model, _ = dt.train(args, "rate", lambda: dt.find_dataset(args), dt.checkpoint(args, "rate"), "cpu")
     for target in targets:
         *_, diary = dt.evaluate(model, [target], args, "cpu")

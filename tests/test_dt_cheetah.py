@@ -1,5 +1,5 @@
 """dt_cheetah.py against gymnasium, transformers, minari, torch's SDPA and plain loops; its faults, its resumes, its idea."""
-import json, pathlib, signal, subprocess, sys, time
+import json, os, pathlib, re, signal, subprocess, sys, time
 
 import h5py
 import numpy as np
@@ -68,26 +68,42 @@ def test_start_states_are_drawn_as_gymnasium_draws_them(env):
     assert np.abs(mine[:, :9] - env.init_qpos).max() <= 0.1
 
 
+def test_a_shove_is_what_it_says_and_nothing_else():
+    rng, z = np.random.default_rng(0), common.load_arrays(LADDER)
+    W, b, start = z["W"][[20, 40]].astype(float), z["b"][[20, 40]].astype(float), dt.starts(2, np.random.default_rng(1), noise=0.0)
+    shove = rng.standard_normal((2, 3))
+    calm, zero, hit = (dt.play(W, b, start, 160, shove=x)[0] for x in (None, 0 * shove, shove))
+    assert np.array_equal(calm, zero) and np.array_equal(calm[:, :50], hit[:, :50])
+    jump = hit[:, 50] - calm[:, 50]
+    assert np.allclose(jump[:, 8:11], shove, atol=1e-6) and not jump[:, :8].any() and not jump[:, 11:].any()
+    on = dt.play(W, b, dt.play(W, b, start, 60, shove=shove)[3], 100)[0]            # from step 60 on it is shoved again at 150 only
+    assert np.array_equal(on[:, 30:90], hit[:, 90:150]) and not np.array_equal(on[:, 90], hit[:, 150])
+    spread = [np.abs(dt.starts(500, np.random.default_rng(2), noise=x)[:, 3]).max() for x in (0.1, 0.4)]
+    assert 0.09 < spread[0] <= 0.1 and 0.36 < spread[1] <= 0.4
+
+
 # ---- the ladder ----------------------------------------------------------------------------------------------------------------
 
 def test_the_ladder_is_small_dense_and_its_gaits_are_stable():
     assert LADDER.stat().st_size <= 30 * 1024
     z = common.load_arrays(LADDER)
-    G, rng, mean, std, failed = len(z["W"]), np.random.default_rng(7), [], [], 0
+    rng, mean, std, sure, failed = np.random.default_rng(7), [], [], [], 0
     # six episodes tell a spread of 10 from 60, but not 45: the fast gaits get 24
     for gaits, n in ((np.flatnonzero(z["returns"][:, 0] <= 5000), 6), (np.flatnonzero(z["returns"][:, 0] > 5000), 24)):
         W, b = (z[k][gaits].astype(float).repeat(n, 0) for k in ("W", "b"))
         ret = dt.play(W, b, dt.starts(len(W), rng), 1000)[2].sum(1).reshape(-1, n)
-        ok = np.abs(ret - np.median(ret, 1, keepdims=True)) < 250
+        ok, sure = np.abs(ret - np.median(ret, 1, keepdims=True)) < 250, [*sure, *z["returns"][gaits, 1] / n**0.5]
         mean, std, failed = [*mean, *(r[k].mean() for r, k in zip(ret, ok))], [*std, *(r[k].std() for r, k in zip(ret, ok))], failed + (~ok).sum()
     mean, std = np.array(mean), np.array(std)
     assert failed <= 6, failed                                  # of 600 episodes: a gait that never failed in 96 may in the 97th
     assert z["returns"][:, 1].max() < 60                        # over the search's 96 episodes
     assert std.max() < 60 * 1.3, (mean[std.argmax()], std.max())    # 24 know a spread to 15%: two of these and no more
-    assert np.allclose(mean, z["returns"][:, 0], atol=60)       # the file says what its gaits earn
-    gaps = np.diff(np.sort(mean))
-    assert mean.min() < 30 and mean.max() >= 5800               # 6000 was asked: the README tells why not
-    assert gaps[np.sort(mean)[1:] <= 3000].max() <= 200 and gaps.max() <= 400
+    # the file says what its gaits earn, to five standard errors; from here on its means, of 96 episodes, know better than these
+    assert (np.abs(mean - z["returns"][:, 0]) < 5 * np.array(sure)).all(), np.abs((mean - z["returns"][:, 0]) / sure).max()
+    told = z["returns"][:, 0]
+    gaps = np.diff(told)
+    assert (gaps > 0).all() and told.min() < 30 and told.max() >= 5900          # 6000 was asked: the README tells why not
+    assert gaps[told[1:] <= 3000].max() <= 200 and gaps.max() <= 400
 
 
 @pytest.mark.xfail(strict=True, reason="asked: best >= 6000, and every gait under 60 over any six episodes; the best is 5973")
@@ -289,6 +305,26 @@ def test_d4rl_layout(tmp_path, timeouts, column):
             f.create_dataset(k, data=v, compression="gzip")
         f["metadata/algorithm"], f["metadata/iteration"] = "SAC", 7         # scalars, as in the real files
     same(common.read_episodes(tmp_path / "d.hdf5"), obs, act, rew)
+
+
+def test_another_ladder_is_another_data_set_and_an_older_one_is_made_anew(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made = []
+    monkeypatch.setattr(dt, "collect", lambda args, path: (made.append(path.name), common.write_episodes(path, *some_episodes(2))))
+    def ask(*flags):
+        (tmp_path / "out/data").mkdir(parents=True, exist_ok=True)
+        dt.find_dataset(dt.get_args(list(flags)))
+        return made.pop() if made else None
+    z = common.load_arrays(LADDER)
+    np.savez(tmp_path / "half.npz", **{k: v[::2] for k, v in z.items()})
+    assert ask() == "cheetah_ladder.hdf5" and ask() is None
+    assert ask("--rough", "0") == "cheetah_ladder_12_0.05_0.6_0.0.hdf5" and ask("--rough", "0") is None
+    other = ask("--ladder", "half.npz")
+    assert re.fullmatch(r"cheetah_ladder_12_0\.05_0\.6_0\.3_[0-9a-f]{8}\.hdf5", other) and ask("--ladder", "half.npz") is None
+    old = LADDER.stat().st_mtime - 100
+    os.utime(tmp_path / "out/data/cheetah_ladder.hdf5", (old, old))
+    assert common.find_ladder("half.npz").name == "half.npz"        # whatever is there, if it is not dt_cheetah.py's to make
+    assert ask() == "cheetah_ladder.hdf5" and ask() is None
 
 
 def test_d4rl_score_is_d4rls():

@@ -48,7 +48,7 @@ def sweep():
         cells = "  ".join(f"{g.mean():6.0f} +- {g.std():5.0f}" for g in got.reshape(-1, args.episodes))
         print(f"{' '.join(f'{k} {v}' for k, v in change.items()) or 'the default':34s}{cells}   error {np.mean(abs(got - asked) / asked):7.2%}  "
               f"fell {fell.sum()}/{len(fell)}", flush=True)
-    for n in (55, 20, 10, 5, 2):                    # of 655
+    for n in (55, 20, 10, 5, 2):                    # of 622
         for k in (1, 8):
             row(store_episodes=n, k=k)
     for w in (0, 0.25):

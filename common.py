@@ -328,7 +328,7 @@ def find_ladder(name):
     if made and script.exists() and not good:
         import subprocess
         flags = "--collect" + (" --ladder_episodes 1" if made[1] else "")
-        print(f"dt_cheetah.py makes {path}: python {script.name} {flags}", flush=True)
+        print(f"{path} is not there, or of an older ladder; dt_cheetah.py makes it: python {script.name} {flags}", flush=True)
         if subprocess.run([sys.executable, script, *flags.split()], stdout=subprocess.DEVNULL).returncode:
             sorry("dt_cheetah.py could not make the episodes; its sentence is above")
     if not path.is_file():

@@ -537,7 +537,7 @@ def draw_episode(model, diary, renderer="numpy"):
         mujoco.mj_forward(model, data)
         back = max(0, step - 20)                    # the speed of the last second
         speed = (qpos[0] - diary[back][0][0]) / (0.05 * max(1, step - back))
-        lines = [f"target {target:.0f}", f"return {earned:.0f}", f"{speed:.1f} m/s"]
+        lines = [f"target {target:.0f}", f"return {earned:z.0f}", f"{speed:.1f} m/s"]
         if gl is None:
             yield view.frame(*cheetah_capsules(model, data), qpos[0], lines)
         else:

@@ -259,7 +259,8 @@ def search(args, file):
             save(W=W, b=b, i=len(up) if i < len(up) else i + 1, tries=0)
         bar.update(int(z["i"]) - bar.n)
     bar.close()
-    # who passes one of sixteen tests may have been lucky: 96 new episodes each, and those that fail are the next lesson
+    # who passes one of sixteen tests may have been lucky: 96 new episodes each, and those that fail are the next lesson, which is
+    # shoved if the gait was found that way: the fastest were not, and shoves take their speed
     bar = tqdm(total=len(z["Ws"]), initial=int(z["vetted"]), desc="vetting", unit="gait", disable=None)
     while z["vetted"] < len(z["Ws"]):
         g, tries = int(z["vetted"]), int(z["tries"])

@@ -218,8 +218,8 @@ class Cheetahs:
     def __init__(self, n):
         import mujoco, mujoco.rollout
         if Cheetahs.model is None:
-            import gymnasium.envs.mujoco
-            xml = pathlib.Path(gymnasium.envs.mujoco.__file__).parent / "assets" / "half_cheetah.xml"
+            import gymnasium            # its file alone: its own renderer, and what that needs, stays out
+            xml = pathlib.Path(gymnasium.__file__).parent / "envs/mujoco/assets/half_cheetah.xml"
             # settotalmass is deprecated, and mujoco says so on stderr and in a log file: drop it and scale the masses here
             model = mujoco.MjModel.from_xml_string(xml.read_text().replace(' settotalmass="14"', ""))
             mujoco.mj_setTotalmass(model, 14)

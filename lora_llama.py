@@ -265,9 +265,10 @@ def rotate(x, cos, sin):
     return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, -1), sin)
 
 class Cache:
-    """Keys and values of the tokens read so far: kv (n_layer, 2, B, nkv, longest, hs), the first T in use."""
+    """Keys and values of the tokens read so far: kv (n_layer, 2, B, nkv, longest, hs), the first T in use.
+    at: None, or a tensor that says where new ones go, as a recorded step needs it; all of kv is then read, through the mask."""
     def __init__(self, model, B, longest):
-        c, self.T = model.cfg, 0
+        c, self.T, self.at = model.cfg, 0, None
         self.kv = model.model.norm.weight.new_zeros(c.n_layer, 2, B, c.n_kv_head, longest, c.head_dim)
 
 class Block(nn.Module):
@@ -285,7 +286,9 @@ class Block(nn.Module):
         q = rotate(proj.q_proj(x).view(B, T, nh, hs).transpose(1, 2), cos, sin)         # (B, nh, T, hs)
         k = rotate(proj.k_proj(x).view(B, T, nkv, hs).transpose(1, 2), cos, sin)        # (B, nkv, T, hs)
         v = proj.v_proj(x).view(B, T, nkv, hs).transpose(1, 2)                          # (B, nkv, T, hs)
-        if cache:
+        if cache and cache.at is not None:
+            k, v = cache.kv[self.layer].index_copy_(3, cache.at, torch.stack([k, v]))       # (B, nkv, S, hs), S the longest
+        elif cache:
             cache.kv[self.layer, :, :, :, cache.T:cache.T + T] = torch.stack([k, v])
             k, v = cache.kv[self.layer, :, :, :, :cache.T + T]          # (B, nkv, S, hs), S >= T
         if self.fused:
@@ -362,15 +365,20 @@ def dynamic_map():
 
 @functools.lru_cache
 @torch.inference_mode(False)                # they outlive the call that first wants them
+def pairs(device, dtype):
+    """Looking up is quicker than computing: byte -> the two weights that it codes, (256, 2)."""
+    return torch.stack([NF4_CODE.repeat_interleave(16), NF4_CODE.repeat(16)], 1).to(device, dtype)
+
+@functools.lru_cache
+@torch.inference_mode(False)
 def tables(device):
-    """Looking up is quicker than computing: codes and thresholds by a float's upper half, pairs of weights by a byte."""
+    """A float's upper half -> its code, and a threshold over which it is the next one; and NF4_CODE, all on device."""
     # a float32's upper half leaves an interval so small that at most one midpoint lies in it: code = low + (x > threshold)
     top = torch.arange(65536, dtype=torch.int32) << 16
     ends = torch.stack([top.view(torch.float32), (top | 0xffff).view(torch.float32)]).nan_to_num(0).sort(0).values
     low, high = torch.bucketize(ends, MIDPOINTS)
     threshold = torch.where(high > low, MIDPOINTS[low.clamp(max=14)], torch.inf)
-    pairs = torch.stack([NF4_CODE.repeat_interleave(16), NF4_CODE.repeat(16)], 1)       # (256, 2), fetched as 8 bytes at once
-    return low.to(device, torch.uint8), threshold.to(device), pairs.view(torch.int64)[:, 0].to(device)
+    return low.to(device, torch.uint8), threshold.to(device), NF4_CODE.to(device)
 
 def quantize_nf4(w, double=True):
     """w, a float tensor of any shape -> NF4. Codes and maxima are bitsandbytes', bit for bit; a tie goes to the lower code."""
@@ -396,17 +404,18 @@ def quantize_nf4(w, double=True):
 def dequantize_nf4(q, dtype):
     """NF4 -> a tensor of its shape. The product is made in fp32 and rounded once, as in bitsandbytes."""
     n, packed, absmax = math.prod(q.shape), q.packed, q.absmax
-    if triton and (packed.is_cuda or INTERPRETED) and n % 2 == 0:
-        out = torch.empty(q.shape, dtype=dtype, device=packed.device)
-        dequantize_kernel[(triton.cdiv(n, 2048),)](*kernel_arguments(q), out, n // 2, TILE=1024)
+    if triton and (packed.is_cuda or INTERPRETED) and n % q.block == 0:
+        out, (tensors, sizes) = torch.empty(q.shape, dtype=dtype, device=packed.device), kernel_arguments(q)
+        dequantize_kernel[(triton.cdiv(len(absmax), 64),)](*tensors, tables(packed.device)[2], out, len(absmax), NB=64, num_warps=2, **sizes)
         return out
     if q.nested:
         code, top, offset, block = q.nested
         absmax = code[absmax.int()] * top.repeat_interleave(block)[:len(absmax)] + offset
     packed = F.pad(packed, (0, -len(packed) % (q.block // 2))) if 2 * len(packed) % q.block else packed
-    pairs, out = tables(packed.device)[2], torch.empty(2 * len(packed), dtype=dtype, device=packed.device)
+    two = pairs(packed.device, torch.float32).view(torch.int64)[:, 0]                   # fetched as 8 bytes at once
+    out = torch.empty(2 * len(packed), dtype=dtype, device=packed.device)
     for i in range(0, len(out), CHUNK):
-        x = pairs.index_select(0, packed[i // 2:(i + CHUNK) // 2].int()).view(torch.float32).view(-1, q.block)  # (blocks, block)
+        x = two.index_select(0, packed[i // 2:(i + CHUNK) // 2].int()).view(torch.float32).view(-1, q.block)  # (blocks, block)
         out[i:i + CHUNK].view(-1, q.block).copy_(x.mul_(absmax[i // q.block:(i + CHUNK) // q.block, None]))
     return out[:n].view(q.shape)
 
@@ -418,41 +427,54 @@ except ImportError:             # torch for macOS and Windows comes without it
     triton = None
 if triton:
     @triton.jit
-    def two_weights(i, packed, absmax, code, code2, absmax2, offset, block, block2):
-        """The two weights in each of the bytes numbered i; both quantizations undone where there are two."""
-        byte = tl.load(packed + i).to(tl.int32)
-        at = 2 * i // block
+    def maxima(at, there, absmax, code2, absmax2, offset, BLOCK2: tl.constexpr):
+        """Blocks' numbers -> their maxima, with the second quantization undone where there is one."""
+        top = tl.load(absmax + at, there, 0)
         if absmax.dtype.element_ty == tl.uint8:
-            top = tl.load(code2 + tl.load(absmax + at).to(tl.int32)) * tl.load(absmax2 + at // block2) + offset
-        else:
-            top = tl.load(absmax + at)
-        return tl.load(code + (byte >> 4)) * top, tl.load(code + (byte & 15)) * top
+            top = tl.load(code2 + top.to(tl.int32)) * tl.load(absmax2 + at // BLOCK2, there, 0) + offset
+        return top
 
     @triton.jit
-    def dequantize_kernel(packed, absmax, code, code2, absmax2, offset, block, block2, out, n, TILE: tl.constexpr):
-        """out[2i], out[2i + 1] = the two weights of packed[i], n bytes in all"""
-        i = tl.minimum(tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE), n - 1)    # the last tile repeats its last byte
-        first, second = two_weights(i, packed, absmax, code, code2, absmax2, offset, block, block2)
-        tl.store(out + 2 * i, first.to(out.dtype.element_ty))
-        tl.store(out + 2 * i + 1, second.to(out.dtype.element_ty))
+    def dequantize_kernel(packed, absmax, code2, absmax2, offset, code, out, n_blocks, HALF: tl.constexpr, BLOCK2: tl.constexpr, NB: tl.constexpr):
+        """out = the weights of all blocks, NB of them a program; HALF: bytes of a block"""
+        at = tl.program_id(0).to(tl.int64) * NB + tl.arange(0, NB)                          # (NB,)
+        there, top = (at < n_blocks)[:, None], maxima(at, at < n_blocks, absmax, code2, absmax2, offset, BLOCK2)[:, None]
+        byte = tl.load(packed + at[:, None] * HALF + tl.arange(0, HALF), there, 0).to(tl.int32)             # (NB, HALF)
+        w = tl.interleave(tl.load(code + (byte >> 4)) * top, tl.load(code + (byte & 15)) * top)             # (NB, 2 HALF), side by side
+        tl.store(out + at[:, None] * (2 * HALF) + tl.arange(0, 2 * HALF), w.to(out.dtype.element_ty), there)
 
     @triton.jit
-    def matvec_kernel(packed, absmax, code, code2, absmax2, offset, block, block2, x, y, n_out, n, TILE: tl.constexpr, ROWS: tl.constexpr):
-        """y (n_out) = W x, W (n_out, 2 n) in NF4: each weight is read once, as 4 bits, and never written"""
-        row = tl.minimum(tl.program_id(0) * ROWS + tl.arange(0, ROWS), n_out - 1)[:, None].to(tl.int64)     # (ROWS, 1)
-        total = tl.zeros((ROWS, TILE), tl.float32)
-        for start in range(0, n, TILE):
-            j = start + tl.arange(0, TILE)[None, :]                     # (1, TILE) bytes of each row
-            i = row * n + tl.minimum(j, n - 1)                          # (ROWS, TILE)
-            first, second = two_weights(i, packed, absmax, code, code2, absmax2, offset, block, block2)
-            total += first * tl.load(x + 2 * j, mask=j < n, other=0).to(tl.float32)
-            total += second * tl.load(x + 2 * j + 1, mask=j < n, other=0).to(tl.float32)
-        tl.store(y + row, tl.sum(total, 1)[:, None].to(y.dtype.element_ty))
+    def halves(pair, dtype: tl.constexpr):
+        """Neighbours in memory that were fetched as one int -> both, in fp32."""
+        if dtype == tl.bfloat16:            # the upper half of an fp32: one instruction each
+            return (pair << 16).to(tl.float32, bitcast=True), (pair & -65536).to(tl.float32, bitcast=True)
+        half: tl.constexpr = tl.int32 if dtype == tl.float32 else tl.int16
+        return pair.to(half).to(dtype, bitcast=True).to(tl.float32), (pair >> half.primitive_bitwidth).to(half).to(dtype, bitcast=True).to(tl.float32)
+
+    @triton.jit
+    def matvec_kernel(packed, absmax, code2, absmax2, offset, codes, x, y, n_out, n_blocks, HALF: tl.constexpr, BLOCK2: tl.constexpr,
+                      NB: tl.constexpr, ROWS: tl.constexpr):
+        """y (n_out) = W x, W (n_out, n_blocks blocks) in NF4: each weight is read once, as 4 bits, and never written. codes: byte ->
+        its two weights, in x's dtype"""
+        ints: tl.constexpr = tl.pointer_type(tl.int64 if x.dtype.element_ty == tl.float32 else tl.int32)
+        row, total = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None], tl.zeros((ROWS, NB, HALF), tl.float32)
+        for start in range(0, n_blocks, NB):
+            b = start + tl.arange(0, NB)[None, :]
+            at, there = row.to(tl.int64) * n_blocks + b, (row < n_out) & (b < n_blocks)                     # (ROWS, NB)
+            top, there = maxima(at, there, absmax, code2, absmax2, offset, BLOCK2), tl.expand_dims(there, -1)
+            byte = tl.load(packed + tl.expand_dims(at, -1) * HALF + tl.arange(0, HALF), there, 0).to(tl.int32)      # (ROWS, NB, HALF)
+            # addresses of x in the same shape, though rows share them: Triton then fetches both in one layout, and nothing moves
+            # between threads; and what lies side by side is fetched together, as a byte holds two weights
+            j = tl.expand_dims(b, -1) * HALF + tl.arange(0, HALF) + tl.zeros((ROWS, NB, HALF), tl.int32)
+            even, odd = halves(tl.load(x.to(ints) + j, there, 0), x.dtype.element_ty)
+            first, second = halves(tl.load(codes.to(ints) + byte), x.dtype.element_ty)
+            total += (first * even + second * odd) * tl.expand_dims(top, -1)
+        tl.store(y + row, tl.sum(tl.reshape(total, (ROWS, NB * HALF)), 1)[:, None].to(y.dtype.element_ty), row < n_out)
 
 def kernel_arguments(q):
     """How both kernels are told of an NF4; where there is no second quantization, anything stands in its place."""
     code2, absmax2, offset, block2 = q.nested or (q.absmax, q.absmax, 0.0, 1)
-    return q.packed, q.absmax, NF4_CODE.to(q.packed.device), code2, absmax2, offset, q.block, block2
+    return (q.packed, q.absmax, code2, absmax2, offset), dict(HALF=q.block // 2, BLOCK2=block2)
 
 class MatMul4(torch.autograd.Function):
     """x W^T with W in NF4. W is unpacked anew for the backward pass: kept, all layers together are the 16-bit model."""
@@ -484,9 +506,10 @@ class Linear(nn.Module):
         n_out, n_in = self.shape
         if self.q is None:
             y = times(x, self.weight)
-        elif triton and (x.is_cuda or INTERPRETED) and x.numel() == n_in and n_in % 2 == 0 and not torch.is_grad_enabled():
-            y = x.new_empty(*x.shape[:-1], n_out)                       # one token of one sequence
-            matvec_kernel[(triton.cdiv(n_out, 4),)](*kernel_arguments(self.q), x.contiguous(), y, n_out, n_in // 2, ROWS=4, TILE=256)
+        elif triton and (x.is_cuda or INTERPRETED) and x.numel() == n_in and n_in % self.q.block == 0 and not torch.is_grad_enabled():
+            y, (tensors, sizes) = x.new_empty(*x.shape[:-1], n_out), kernel_arguments(self.q)       # one token of one sequence
+            matvec_kernel[(triton.cdiv(n_out, 4),)](*tensors, pairs(x.device, x.dtype), x.contiguous(), y, n_out, n_in // self.q.block,
+                                                    NB=16, ROWS=4, num_warps=1, **sizes)
         else:
             y = MatMul4.apply(x, self.q)                                # (..., n_out)
         if self.lora_A is not None:
@@ -608,6 +631,19 @@ def save_merged(model, source, folder, into):
 
 # ---- generate, evaluate, train -----------------------------------------------------------------------------------------------
 
+def record(step, *inputs):
+    """step as a CUDA graph: a token is some thousand small kernels, which Python launches more slowly than the GPU runs them. They are
+    recorded once and replayed on what is copied into the same inputs."""
+    kept, graph = [x.clone() for x in inputs], torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step(*kept)
+    def replay(*inputs):
+        for old, new in zip(kept, inputs):
+            old.copy_(new)
+        graph.replay()
+        return out
+    return replay
+
 @torch.inference_mode()
 def generate(model, prompts, max_new, eos, temperature=0.0, top_p=1.0, repetition_penalty=1.0, generator=None):
     """prompts: lists of ids, continued in one batch -> lists of new ids; one that stopped ends with a token of eos."""
@@ -619,10 +655,17 @@ def generate(model, prompts, max_new, eos, temperature=0.0, top_p=1.0, repetitio
     # a token sees the real ones up to it, and itself: a softmax over nothing, as padding would have, is NaN
     mask = ((at >= pad)[:, None, None] & (at[:, None] >= at)) | (at[:, None] == at)     # (B, 1, T + max_new, T + max_new)
     cache, ends, stopped = Cache(model, len(prompts), T + max_new), torch.tensor([*eos], device=device), pad < 0
+    def step(ids, pos, mask, at=None):
+        cache.at = at
+        return model.logits(model(ids, pos, mask, cache)[:, -1]).float()
     for end in range(T, T + max_new):
         new = slice(cache.T, end)                                                       # the whole prompt, then token by token
-        x = model(ids[:, new], (at[new] - pad).clamp(min=0), mask[:, :, new, :end], cache)
-        drawn = common.sample(model.logits(x[:, -1]).float(), temperature, 0, top_p, repetition_penalty, ids, generator)[:, None]  # (B, 1)
+        inputs = ids[:, new], (at[new] - pad).clamp(min=0), mask[:, :, new, :end]
+        if end > T and device.type == "cuda":                                           # these all have one shape: recorded once
+            inputs = *inputs[:2], mask[:, :, new], at[new]
+            step = record(step, *inputs) if end == T + 2 else step                      # the first of them compiles what Triton has to
+        logits, cache.T = step(*inputs), end
+        drawn = common.sample(logits, temperature, 0, top_p, repetition_penalty, ids, generator)[:, None]               # (B, 1)
         ids, stopped = torch.cat([ids, drawn], 1), stopped | torch.isin(drawn, ends)
         if stopped.all():
             break

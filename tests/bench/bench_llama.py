@@ -170,7 +170,7 @@ def build7b(folder, n_layer):
     for k in range(3):
         L.write_safetensors(folder / f"model-{k + 1}.safetensors", {n: (torch.bfloat16, spec[n]) for n in names[k::3]}, tensor_of)
         shards |= {n: f"model-{k + 1}.safetensors" for n in names[k::3]}
-    L.write_json(folder / "model.safetensors.index.json", dict(weight_map=shards))
+    L.write_json(folder / "model.safetensors.index.json", dict(metadata={}, weight_map=shards))
     L.write_json(folder / "config.json", dict(
         architectures=["LlamaForCausalLM"], model_type="llama", vocab_size=V, hidden_size=C, intermediate_size=ff, num_hidden_layers=n_layer,
         num_attention_heads=32, num_key_value_heads=32, bos_token_id=1, eos_token_id=2, torch_dtype="bfloat16"))

@@ -365,27 +365,22 @@ def dynamic_map():
 
 @functools.lru_cache
 @torch.inference_mode(False)                # they outlive the call that first wants them
-def pairs(device, dtype):
-    """Looking up is quicker than computing: byte -> the two weights that it codes, (256, 2)."""
-    return torch.stack([NF4_CODE.repeat_interleave(16), NF4_CODE.repeat(16)], 1).to(device, dtype)
-
-@functools.lru_cache
-@torch.inference_mode(False)
 def tables(device):
-    """A float's upper half -> its code, and a threshold over which it is the next one; and NF4_CODE, all on device."""
+    """Looking up is quicker than computing: codes and thresholds by a float's upper half, NF4_CODE, pairs of weights by a byte."""
     # a float32's upper half leaves an interval so small that at most one midpoint lies in it: code = low + (x > threshold)
     top = torch.arange(65536, dtype=torch.int32) << 16
     ends = torch.stack([top.view(torch.float32), (top | 0xffff).view(torch.float32)]).nan_to_num(0).sort(0).values
     low, high = torch.bucketize(ends, MIDPOINTS)
     threshold = torch.where(high > low, MIDPOINTS[low.clamp(max=14)], torch.inf)
-    return low.to(device, torch.uint8), threshold.to(device), NF4_CODE.to(device)
+    pairs = torch.stack([NF4_CODE.repeat_interleave(16), NF4_CODE.repeat(16)], 1)       # (256, 2), fetched as 8 bytes at once
+    return low.to(device, torch.uint8), threshold.to(device), NF4_CODE.to(device), pairs.view(torch.int64)[:, 0].to(device)
 
 def quantize_nf4(w, double=True):
     """w, a float tensor of any shape -> NF4. Codes and maxima are bitsandbytes', bit for bit; a tie goes to the lower code."""
     n, device, flat, nested = w.numel(), w.device, w.detach().reshape(-1), None
     flat = F.pad(flat, (0, -n % BLOCK)) if n % BLOCK else flat
     packed, absmax = torch.empty(len(flat) // 2, dtype=torch.uint8, device=device), torch.empty(len(flat) // BLOCK, device=device)
-    low, threshold, _ = tables(device)
+    low, threshold, *_ = tables(device)
     for i in range(0, len(flat), CHUNK):
         x = flat[i:i + CHUNK].view(-1, BLOCK).float()                   # (blocks, 64)
         top = absmax[i // BLOCK:(i + CHUNK) // BLOCK].copy_(x.abs().amax(1))
@@ -412,10 +407,9 @@ def dequantize_nf4(q, dtype):
         code, top, offset, block = q.nested
         absmax = code[absmax.int()] * top.repeat_interleave(block)[:len(absmax)] + offset
     packed = F.pad(packed, (0, -len(packed) % (q.block // 2))) if 2 * len(packed) % q.block else packed
-    two = pairs(packed.device, torch.float32).view(torch.int64)[:, 0]                   # fetched as 8 bytes at once
-    out = torch.empty(2 * len(packed), dtype=dtype, device=packed.device)
+    pairs, out = tables(packed.device)[3], torch.empty(2 * len(packed), dtype=dtype, device=packed.device)
     for i in range(0, len(out), CHUNK):
-        x = two.index_select(0, packed[i // 2:(i + CHUNK) // 2].int()).view(torch.float32).view(-1, q.block)  # (blocks, block)
+        x = pairs.index_select(0, packed[i // 2:(i + CHUNK) // 2].int()).view(torch.float32).view(-1, q.block)  # (blocks, block)
         out[i:i + CHUNK].view(-1, q.block).copy_(x.mul_(absmax[i // q.block:(i + CHUNK) // q.block, None]))
     return out[:n].view(q.shape)
 
@@ -444,32 +438,26 @@ if triton:
         tl.store(out + at[:, None] * (2 * HALF) + tl.arange(0, 2 * HALF), w.to(out.dtype.element_ty), there)
 
     @triton.jit
-    def halves(pair, dtype: tl.constexpr):
-        """Neighbours in memory that were fetched as one int -> both, in fp32."""
-        if dtype == tl.bfloat16:            # the upper half of an fp32: one instruction each
-            return (pair << 16).to(tl.float32, bitcast=True), (pair & -65536).to(tl.float32, bitcast=True)
-        half: tl.constexpr = tl.int32 if dtype == tl.float32 else tl.int16
-        return pair.to(half).to(dtype, bitcast=True).to(tl.float32), (pair >> half.primitive_bitwidth).to(half).to(dtype, bitcast=True).to(tl.float32)
-
-    @triton.jit
-    def matvec_kernel(packed, absmax, code2, absmax2, offset, codes, x, y, n_out, n_blocks, HALF: tl.constexpr, BLOCK2: tl.constexpr,
-                      NB: tl.constexpr, ROWS: tl.constexpr):
-        """y (n_out) = W x, W (n_out, n_blocks blocks) in NF4: each weight is read once, as 4 bits, and never written. codes: byte ->
-        its two weights, in x's dtype"""
-        ints: tl.constexpr = tl.pointer_type(tl.int64 if x.dtype.element_ty == tl.float32 else tl.int32)
-        row, total = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None], tl.zeros((ROWS, NB, HALF), tl.float32)
+    def matvec_kernel(packed, absmax, code2, absmax2, offset, code, x, y, n_blocks, HALF: tl.constexpr, BLOCK2: tl.constexpr, NB: tl.constexpr):
+        """y (n_out) = W x, a row of n_blocks blocks a program, which is one warp: each weight is read once, as 4 bits, and never written"""
+        dtype: tl.constexpr = x.dtype.element_ty
+        x_pairs = x.to(tl.pointer_type(tl.int64 if dtype == tl.float32 else tl.int32))      # fetched together, as a byte holds two weights
+        row, total, codes = tl.program_id(0).to(tl.int64), tl.zeros((NB, HALF), tl.float32), tl.load(code + tl.arange(0, 16))
         for start in range(0, n_blocks, NB):
-            b = start + tl.arange(0, NB)[None, :]
-            at, there = row.to(tl.int64) * n_blocks + b, (row < n_out) & (b < n_blocks)                     # (ROWS, NB)
-            top, there = maxima(at, there, absmax, code2, absmax2, offset, BLOCK2), tl.expand_dims(there, -1)
-            byte = tl.load(packed + tl.expand_dims(at, -1) * HALF + tl.arange(0, HALF), there, 0).to(tl.int32)      # (ROWS, NB, HALF)
-            # addresses of x in the same shape, though rows share them: Triton then fetches both in one layout, and nothing moves
-            # between threads; and what lies side by side is fetched together, as a byte holds two weights
-            j = tl.expand_dims(b, -1) * HALF + tl.arange(0, HALF) + tl.zeros((ROWS, NB, HALF), tl.int32)
-            even, odd = halves(tl.load(x.to(ints) + j, there, 0), x.dtype.element_ty)
-            first, second = halves(tl.load(codes.to(ints) + byte), x.dtype.element_ty)
-            total += (first * even + second * odd) * tl.expand_dims(top, -1)
-        tl.store(y + row, tl.sum(tl.reshape(total, (ROWS, NB * HALF)), 1)[:, None].to(y.dtype.element_ty), row < n_out)
+            b = start + tl.arange(0, NB)                                                    # (NB,)
+            i, there = b[:, None] * HALF + tl.arange(0, HALF), (b < n_blocks)[:, None]      # (NB, HALF)
+            byte, pair = tl.load(packed + row * n_blocks * HALF + i, there, 0).to(tl.int32), tl.load(x_pairs + i, there, 0)
+            if dtype == tl.bfloat16:        # the upper half of an fp32: one instruction each
+                even, odd = (pair << 16).to(tl.float32, bitcast=True), (pair & -65536).to(tl.float32, bitcast=True)
+            else:
+                half: tl.constexpr = tl.int32 if dtype == tl.float32 else tl.int16
+                even = pair.to(half).to(dtype, bitcast=True).to(tl.float32)
+                odd = (pair >> half.primitive_bitwidth).to(half).to(dtype, bitcast=True).to(tl.float32)
+            # the warp's threads hand codes to each other: looked up in memory, even in the first cache, they took most of the time
+            flat = tl.reshape(byte, (NB * HALF,))
+            first, second = tl.reshape(tl.gather(codes, flat >> 4, 0), byte.shape), tl.reshape(tl.gather(codes, flat & 15, 0), byte.shape)
+            total += (first * even + second * odd) * maxima(row * n_blocks + b, b < n_blocks, absmax, code2, absmax2, offset, BLOCK2)[:, None]
+        tl.store(y + row, tl.sum(tl.reshape(total, (NB * HALF,)), 0).to(y.dtype.element_ty))
 
 def kernel_arguments(q):
     """How both kernels are told of an NF4; where there is no second quantization, anything stands in its place."""
@@ -508,8 +496,7 @@ class Linear(nn.Module):
             y = times(x, self.weight)
         elif triton and (x.is_cuda or INTERPRETED) and x.numel() == n_in and n_in % self.q.block == 0 and not torch.is_grad_enabled():
             y, (tensors, sizes) = x.new_empty(*x.shape[:-1], n_out), kernel_arguments(self.q)       # one token of one sequence
-            matvec_kernel[(triton.cdiv(n_out, 4),)](*tensors, pairs(x.device, x.dtype), x.contiguous(), y, n_out, n_in // self.q.block,
-                                                    NB=16, ROWS=4, num_warps=1, **sizes)
+            matvec_kernel[(n_out,)](*tensors, tables(x.device)[2], x.contiguous(), y, n_in // self.q.block, NB=32, num_warps=1, **sizes)
         else:
             y = MatMul4.apply(x, self.q)                                # (..., n_out)
         if self.lora_A is not None:

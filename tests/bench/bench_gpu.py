@@ -48,7 +48,7 @@ def kernels(args):
     peak = copy_bandwidth()
     print(f"copying: {peak:.0f} GB/s")
     for shape in ((4096, 4096), (11008, 4096), (4096, 11008)):
-        n_copies = max(2, int(4e8 / (shape[0] * shape[1] / 2)))                 # 400 MB of 4-bit weights: several times any L2 cache
+        n_copies = max(2, int(2.5e8 / (shape[0] * shape[1] / 2)))               # 250 MB of 4-bit weights: several times any L2 cache
         for double in (False, True):
             torch.manual_seed(0)
             w = [(torch.randn(shape, device="cuda") * 0.02).bfloat16() for _ in range(n_copies)]
@@ -59,9 +59,12 @@ def kernels(args):
             layer.weight, layer.q = None, qs[0]
             with torch.inference_mode():
                 want = exact.double() @ x.view(-1).double()
-                errors = [((y.view(-1).double() - want).norm() / want.norm()).item() for y in (layer(x), bf.gemv_4bit(x, theirs[0][0], state=theirs[0][1]))]
+                off = lambda y: f"{((y.view(-1).double() - want).norm() / want.norm()).item():.1e}"
+                errors = [off(layer(x.to(dtype))) for dtype in (torch.bfloat16, torch.float16, torch.float32)]
+                errors.append(off(bf.gemv_4bit(x, theirs[0][0], state=theirs[0][1])))
             print(f"{shape[0]} x {shape[1]}, maxima {'quantized' if double else 'in fp32'}: {same} of {n_copies} have bitsandbytes' codes; dequantized "
-                  f"within {(back - exact).abs().max():.1e} of it (bfloat16); mat-vec off float64 by {errors[0]:.1e}, bitsandbytes' by {errors[1]:.1e}")
+                  f"within {(back - exact.bfloat16().float()).abs().max():.1e} of its bfloat16; mat-vec off float64 by {', '.join(errors[:3])} (bfloat16, "
+                  f"float16, float32), bitsandbytes' by {errors[3]} (bfloat16)")
             size = qs[0].nbytes()
 
             def layers(x):

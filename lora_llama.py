@@ -134,8 +134,8 @@ def load_tokenizer(folder):
     path = path if path.exists() else path.with_suffix(".model")
     with reading(path):
         raw = path.read_bytes()
-        tiktoken = re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", raw)
-        return (from_tokenizer_json if path.suffix == ".json" else from_tiktoken if tiktoken else from_sentencepiece)(raw)
+        lines = re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", raw)           # tiktoken's; sentencepiece writes a protobuf
+        return (from_tokenizer_json if path.suffix == ".json" else from_tiktoken if lines else from_sentencepiece)(raw)
 
 def from_tokenizer_json(raw):
     """The two kinds of BPE that Llamas come with, told apart by the steps before the merges. ValueError: not handled."""
@@ -171,8 +171,7 @@ def from_tokenizer_json(raw):
 def from_tiktoken(raw):
     """Llama 3's own file: a token in base64 and its rank on each line; 256 special tokens follow, of which three are used here."""
     vocab = {base64.b64decode(t, validate=True): int(rank) for t, rank in (line.split() for line in raw.splitlines() if line)}
-    n = len(vocab)
-    if sorted(vocab.values()) != list(range(n)):
+    if sorted(vocab.values()) != [*range(n := len(vocab))]:
         raise ValueError("its ranks are not 0, 1, 2, ...")
     special = {"<|begin_of_text|>": n, "<|end_of_text|>": n + 1, "<|eot_id|>": n + 9, "<|reserved_special_token_247|>": n + 255}
     return ByteBPE(vocab, special, True, LLAMA3)
@@ -196,8 +195,7 @@ def pack(examples, T, rng):
     """examples [(ids, n)] -> sequences of at most T tokens: lists of examples that fit together, each in the first with room.
     Too long an example is cut at T; one whose prompt alone fills T is left out."""
     packed = []
-    for i in rng.permutation(len(examples)):
-        ids, n = examples[i][0][:T], examples[i][1]
+    for ids, n in ((examples[i][0][:T], examples[i][1]) for i in rng.permutation(len(examples))):
         if n < T:
             room = (seq for seq in packed[-64:] if sum(len(other) for other, _ in seq) + len(ids) <= T)
             if (seq := next(room, None)) is None:
@@ -208,19 +206,16 @@ def pack(examples, T, rng):
 def collate(packed, device):
     """Sequences -> ids, labels (-1: no loss), positions, example numbers (-1: padding): all (B, T), T the longest of them.
     labels[t] is the token after ids[t] in its example; positions restart with each example."""
-    rows = []
-    for seq in packed:
-        rows.append([])
+    rows = [[] for _ in packed]
+    for row, seq in zip(rows, packed):
         for d, (ids, n) in enumerate(seq):
             n = max(n, 1)                       # the last prompt token foretells the first of the answer
-            rows[-1] += zip(ids, [-1] * (n - 1) + ids[n:] + [-1], range(len(ids)), [d] * len(ids))
-    T = max(map(len, rows))  # the shorter ones are padded with example -1
-    return torch.tensor([row + [(0, -1, 0, -1)] * (T - len(row)) for row in rows], device=device).unbind(-1)
+            row += zip(ids, [-1] * (n - 1) + ids[n:] + [-1], range(len(ids)), [d] * len(ids))
+    return torch.tensor([row + [(0, -1, 0, -1)] * (max(map(len, rows)) - len(row)) for row in rows], device=device).unbind(-1)  # padded: -1
 
 def only_own_example(doc):
     """doc (B, T) example numbers -> mask (B, 1, T, T): a token sees itself and what came before it in its own example."""
-    causal = torch.ones(doc.size(1), doc.size(1), dtype=torch.bool, device=doc.device).tril()
-    return ((doc[:, :, None] == doc[:, None, :]) & causal)[:, None]
+    return ((doc[:, :, None] == doc[:, None, :]) & torch.ones(doc.size(1), doc.size(1), dtype=torch.bool, device=doc.device).tril())[:, None]
 
 # ---- the model ---------------------------------------------------------------------------------------------------------------
 # nanoGPT's letters: B sequences, T tokens, C = n_embd, nh query heads of size hs, nkv key-value heads; S keys, past ones included
@@ -265,8 +260,7 @@ def rotate(x, cos, sin):
     return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, -1), sin)
 
 class Cache:
-    """Keys and values of the tokens read so far: kv (n_layer, 2, B, nkv, longest, hs), the first T in use.
-    at: None, or a tensor that says where new ones go, as a recorded step needs it; all of kv is then read, through the mask."""
+    """Keys and values so far: kv (n_layer, 2, B, nkv, longest, hs), T in use; at: where a recorded step writes (it reads all), or None."""
     def __init__(self, model, B, longest):
         c, self.T, self.at = model.cfg, 0, None
         self.kv = model.model.norm.weight.new_zeros(c.n_layer, 2, B, c.n_kv_head, longest, c.head_dim)
@@ -297,12 +291,10 @@ class Block(nn.Module):
             # query head h asks key head h // G: a group's queries become rows of one matrix, and no key is copied
             att = q.reshape(B, nkv, nh // nkv * T, hs) @ k.transpose(2, 3) * hs**-0.5               # (B, nkv, G * T, S)
             att = att.view(B, nkv, nh // nkv, T, -1)                    # (B, nkv, G, T, S)
-            if mask is not None:
-                att = att.masked_fill(~mask[:, :, None], -torch.inf)    # mask (B, 1, T, S), True: may look
+            att = att if mask is None else att.masked_fill(~mask[:, :, None], -torch.inf)           # mask (B, 1, T, S), True: may look
             att = att.float().softmax(-1).to(x.dtype)                   # (B, nkv, G, T, S)
             y = att.view(B, nkv, nh // nkv * T, -1) @ v                 # (B, nkv, G * T, hs)
-        y = y.reshape(B, nh, T, hs).transpose(1, 2)                     # (B, T, nh, hs)
-        return proj.o_proj(y.reshape(B, T, nh * hs))
+        return proj.o_proj(y.reshape(B, nh, T, hs).transpose(1, 2).reshape(B, T, nh * hs))      # (B, T, C)
     def forward(self, x, cos, sin, mask, cache):
         x = x + self.attend(self.input_layernorm(x), cos, sin, mask, cache)
         h, mlp = self.post_attention_layernorm(x), self.mlp             # (B, T, C)
@@ -313,17 +305,15 @@ class Llama(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.cfg, self.grad_checkpoint = cfg, False
-        self.model = nn.ModuleDict(dict(
-            embed_tokens=nn.Embedding(cfg.vocab_size, cfg.n_embd), layers=nn.ModuleList(Block(cfg, i) for i in range(cfg.n_layer)),
-            norm=nn.RMSNorm(cfg.n_embd, cfg.eps)))
+        embed, layers = nn.Embedding(cfg.vocab_size, cfg.n_embd), nn.ModuleList(Block(cfg, i) for i in range(cfg.n_layer))
+        self.model = nn.ModuleDict(dict(embed_tokens=embed, layers=layers, norm=nn.RMSNorm(cfg.n_embd, cfg.eps)))
         if not cfg.tied:                # else the embedding is the head
             self.lm_head = Linear(cfg.n_embd, cfg.vocab_size)
     def forward(self, ids, pos=None, mask=None, cache=None):
         """ids, pos (B, T), mask (B, 1, T, S) bool or None for plain causal -> hidden states (B, T, C), for logits()."""
         T, past = ids.size(1), cache.T if cache else 0
         pos = torch.arange(past, past + T, device=ids.device)[None] if pos is None else pos
-        if mask is None and T > 1:
-            mask = torch.ones(T, past + T, dtype=torch.bool, device=ids.device).tril(past)[None, None]
+        mask = torch.ones(T, past + T, dtype=torch.bool, device=ids.device).tril(past)[None, None] if mask is None and T > 1 else mask
         x = self.model.embed_tokens(ids)                                 # (B, T, C)
         cos, sin = rotary(self.cfg, pos, x.dtype)
         for block in self.model.layers:
@@ -415,8 +405,7 @@ def dequantize_nf4(q, dtype):
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 try:
-    import triton
-    import triton.language as tl
+    import triton, triton.language as tl
 except ImportError:             # torch for macOS and Windows comes without it
     triton = None
 if triton:
@@ -439,25 +428,19 @@ if triton:
 
     @triton.jit
     def matvec_kernel(packed, absmax, code2, absmax2, offset, code, x, y, n_blocks, HALF: tl.constexpr, BLOCK2: tl.constexpr, NB: tl.constexpr):
-        """y (n_out) = W x, a row of n_blocks blocks a program, which is one warp: each weight is read once, as 4 bits, and never written"""
-        dtype: tl.constexpr = x.dtype.element_ty
-        x_pairs = x.to(tl.pointer_type(tl.int64 if dtype == tl.float32 else tl.int32))      # fetched together, as a byte holds two weights
+        """y (n_out) = W x in bfloat16, a row of n_blocks blocks a program, which is one warp: each weight is read once, as 4 bits"""
         row, total, codes = tl.program_id(0).to(tl.int64), tl.zeros((NB, HALF), tl.float32), tl.load(code + tl.arange(0, 16))
         for start in range(0, n_blocks, NB):
             b = start + tl.arange(0, NB)                                                    # (NB,)
             i, there = b[:, None] * HALF + tl.arange(0, HALF), (b < n_blocks)[:, None]      # (NB, HALF)
-            byte, pair = tl.load(packed + row * n_blocks * HALF + i, there, 0).to(tl.int32), tl.load(x_pairs + i, there, 0)
-            if dtype == tl.bfloat16:        # the upper half of an fp32: one instruction each
-                even, odd = (pair << 16).to(tl.float32, bitcast=True), (pair & -65536).to(tl.float32, bitcast=True)
-            else:
-                half: tl.constexpr = tl.int32 if dtype == tl.float32 else tl.int16
-                even = pair.to(half).to(dtype, bitcast=True).to(tl.float32)
-                odd = (pair >> half.primitive_bitwidth).to(half).to(dtype, bitcast=True).to(tl.float32)
+            byte = tl.load(packed + row * n_blocks * HALF + i, there, 0).to(tl.int32)       # two weights
+            pair = tl.load(x.to(tl.pointer_type(tl.int32)) + i, there, 0)                   # what they multiply; bfloat16 is fp32's upper half
+            even, odd = (pair << 16).to(tl.float32, bitcast=True), (pair & -65536).to(tl.float32, bitcast=True)
             # the warp's threads hand codes to each other: looked up in memory, even in the first cache, they took most of the time
             flat = tl.reshape(byte, (NB * HALF,))
             first, second = tl.reshape(tl.gather(codes, flat >> 4, 0), byte.shape), tl.reshape(tl.gather(codes, flat & 15, 0), byte.shape)
             total += (first * even + second * odd) * maxima(row * n_blocks + b, b < n_blocks, absmax, code2, absmax2, offset, BLOCK2)[:, None]
-        tl.store(y + row, tl.sum(tl.reshape(total, (NB * HALF,)), 0).to(y.dtype.element_ty))
+        tl.store(y + row, tl.sum(tl.reshape(total, (NB * HALF,)), 0).to(tl.bfloat16))
 
 def kernel_arguments(q):
     """How both kernels are told of an NF4; where there is no second quantization, anything stands in its place."""
@@ -488,20 +471,20 @@ class Linear(nn.Module):
     """y = x W^T, W (n_out, n_in) plain or in NF4, plus LoRA's scale * (dropout(x) A^T) B^T where there is one."""
     def __init__(self, n_in, n_out):
         super().__init__()
-        self.weight, self.q, self.shape = nn.Parameter(torch.empty(n_out, n_in)), None, (n_out, n_in)
-        self.lora_A = self.lora_B = None
+        self.weight, self.q, self.shape, self.lora_A = nn.Parameter(torch.empty(n_out, n_in)), None, (n_out, n_in), None
     def forward(self, x):
         n_out, n_in = self.shape
+        alone = x.dtype == torch.bfloat16 and x.numel() == n_in and not torch.is_grad_enabled()         # one token of one sequence
         if self.q is None:
             y = times(x, self.weight)
-        elif triton and (x.is_cuda or INTERPRETED) and x.numel() == n_in and n_in % self.q.block == 0 and not torch.is_grad_enabled():
-            y, (tensors, sizes) = x.new_empty(*x.shape[:-1], n_out), kernel_arguments(self.q)       # one token of one sequence
+        elif triton and (x.is_cuda or INTERPRETED) and alone and n_in % self.q.block == 0:
+            y, (tensors, sizes) = x.new_empty(*x.shape[:-1], n_out), kernel_arguments(self.q)
             matvec_kernel[(n_out,)](*tensors, tables(x.device)[2], x.contiguous(), y, n_in // self.q.block, NB=32, num_warps=1, **sizes)
         else:
             y = MatMul4.apply(x, self.q)                                # (..., n_out)
         if self.lora_A is not None:
-            z = F.dropout(x, self.dropout, self.training).to(self.lora_A.dtype)  # (..., n_in), fp32
-            y = y + (F.linear(F.linear(z, self.lora_A), self.lora_B) * self.scale).to(y.dtype)
+            z = F.linear(F.dropout(x, self.dropout, self.training).to(self.lora_A.dtype), self.lora_A).view(-1, len(self.lora_A))   # (B T, r), fp32
+            y = torch.addmm(y.view(-1, n_out).to(z.dtype), z, self.lora_B.t(), alpha=self.scale).to(y.dtype).view_as(y)     # one pass over y
         return y
 
 def lora_parameters(model):
@@ -624,12 +607,7 @@ def record(step, *inputs):
     kept, graph = [x.clone() for x in inputs], torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = step(*kept)
-    def replay(*inputs):
-        for old, new in zip(kept, inputs):
-            old.copy_(new)
-        graph.replay()
-        return out
-    return replay
+    return lambda *inputs: ([old.copy_(new) for old, new in zip(kept, inputs)], graph.replay(), out)[-1]
 
 @torch.inference_mode()
 def generate(model, prompts, max_new, eos, temperature=0.0, top_p=1.0, repetition_penalty=1.0, generator=None):
@@ -681,8 +659,7 @@ def complete(model, rows, tok, args):
             out = [beam(model, p, args.beam, args.max_new, tok.eos, args.length_penalty, args.repetition_penalty) for p in ids]
         else:
             out = generate(model, ids, args.max_new, tok.eos, args.temperature, args.top_p, args.repetition_penalty, draw)
-        done += [dict(row, completion=tok.decode([t for t in new if t not in tok.eos]), stopped=new[-1] in tok.eos)
-                 for row, new in zip(part, out)]
+        done += [dict(row, completion=tok.decode([t for t in new if t not in tok.eos]), stopped=new[-1] in tok.eos) for row, new in zip(part, out)]
     return done
 
 def loss_of(model, packed):
@@ -728,11 +705,9 @@ def train(model, packed, epochs, lr, batch_size, path, args, name):
             part = loss_of(model, batch[i:i + args.micro_batch])[0] / count
             part.backward()
             total += part.detach()
-        if WORLD > 1:                           # each divided by the whole batch's tokens: gradients and losses add up
-            for t in [total, *(p.grad for p in params.values())]:
-                torch.distributed.all_reduce(t)
-        loss = total.item()
-        math.isfinite(loss) or sorry(f"the {name} loss is {loss} at step {step}: try a smaller --lr, or --dtype bfloat16")
+        for t in [total, *(p.grad for p in params.values())] if WORLD > 1 else []:      # divided by the whole batch's tokens: they add up
+            torch.distributed.all_reduce(t)
+        math.isfinite(loss := total.item()) or sorry(f"the {name} loss is {loss} at step {step}: try a smaller --lr, or --dtype bfloat16")
         nn.utils.clip_grad_norm_(params.values(), 1.0)
         opt.step()
         bar.set_postfix(loss=f"{loss:.3f}")
@@ -754,8 +729,7 @@ def make_demo(args, device):
     if RANK == 0:                           # under torchrun one process writes
         write_json(folder / "tokenizer.json", read_json(DATA / "bytes_tokenizer.json"))     # 256 bytes, three special tokens, no merges
         write_json(folder / "config.json", config)
-    while not (folder / "config.json").exists():
-        time.sleep(0.1)
+    WORLD > 1 and torch.distributed.barrier()
     tok, model = load_tokenizer(folder), Llama(read_config(folder / "config.json"))
     torch.manual_seed(args.seed)
     for p in model.to(device).parameters():
@@ -764,11 +738,9 @@ def make_demo(args, device):
     packed = pack([([256, *tok.encode(line), 257], 0) for line in lines], 256, np.random.default_rng(args.seed))
     loss = train(model, packed, epochs, 3e-3, 8, folder / "train.pt", args, "pretrain")
     if RANK == 0:
-        tensors = dict(model.named_parameters())
-        write_safetensors(folder / "model.safetensors", {n: (p.dtype, p.shape) for n, p in tensors.items()}, tensors.get)
+        write_safetensors(folder / "model.safetensors", {n: (p.dtype, p.shape) for n, p in model.named_parameters()}, model.get_parameter)
         (folder / "train.pt").unlink()
-    while not (folder / "model.safetensors").exists():
-        time.sleep(0.1)
+    WORLD > 1 and torch.distributed.barrier()
     print(f"pretrained {sum(p.numel() for p in model.parameters()):,} parameters, {epochs} x {len(lines)} lines: {folder}, loss {loss:.3f}")
     return folder
 
@@ -777,8 +749,7 @@ def make_demo(args, device):
 def main():
     args, tic, device = get_args(), time.time(), common.pick_device()
     if WORLD > 1:
-        if device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        device == "cuda" and torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         torch.distributed.init_process_group("nccl" if device == "cuda" else "gloo")
         sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")         # one voice
     wanted, local = r"model[\w-]*\.safetensors(\.index\.json)?|tokenizer\.(json|model)", pathlib.Path(args.model)
@@ -821,8 +792,7 @@ def main():
             text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in complete(model, asked, tok, args))
             with common.whole_file(out / "completions.jsonl") as part:
                 part.write_text(text, "utf-8")
-        if args.merge != "off":
-            save_merged(model, folder, out / f"merged-{args.merge}", args.merge)
+        args.merge == "off" or save_merged(model, folder, out / f"merged-{args.merge}", args.merge)
         print(f"written to {out}: {', '.join(sorted(p.name for p in out.iterdir()))}" if out.exists() else "nothing written")
         common.log_result("lora_llama.py", args, time.time() - tic, metrics)
 

@@ -126,6 +126,17 @@ def test_batch_equals_one_by_one(theirs):
         assert L.generate(model, prompts, 10, [2], repetition_penalty=penalty) == one
 
 
+def test_a_step_of_fixed_shapes_is_the_usual_one(theirs):
+    """As generate() records it on a GPU: the new key goes where a tensor says, all of the cache is read, the mask hides what is not there yet."""
+    model, ids = ours(theirs["tinyllama"][1]), torch.arange(5, 17)[None]
+    with torch.no_grad():
+        want, cache = model.logits(model(ids)[:, -1]), L.Cache(model, 1, 30)
+        model(ids[:, :-1], cache=cache)
+        cache.kv[..., 11:, :], cache.at = 7.0, torch.tensor([11])                   # what stands beyond must not matter
+        got = model.logits(model(ids[:, -1:], torch.tensor([[11]]), (torch.arange(30) <= 11)[None, None, None], cache)[:, -1])
+    assert torch.allclose(got, want, atol=1e-4)
+
+
 def test_other_architectures_are_refused_by_name(theirs, tmp_path):
     config = json.loads((theirs["llama2"][1] / "config.json").read_text())
     for change, word in ((dict(architectures=["MistralForCausalLM"], model_type="mistral"), "MistralForCausalLM"), (dict(attention_bias=True), "biases"),
@@ -360,14 +371,15 @@ for shape in ((5, 64), (13, 128), (6, 1408), (4, 96)):
         assert torch.allclose(L.dequantize_nf4(q, torch.float32), want, atol=1e-6), shape
         # the interpreter rounds to bfloat16 by cutting, hence a unit in the last place
         assert torch.allclose(L.dequantize_nf4(q, torch.bfloat16).float(), want, rtol=2**-7)
-        layer, x = L.Linear(shape[1], shape[0]), torch.randn(1, 1, shape[1])
+        layer, x = L.Linear(shape[1], shape[0]), torch.randn(1, 1, shape[1]).bfloat16()
         layer.q, calls, kept = q, [], L.dequantize_nf4
         L.dequantize_nf4 = lambda *a: calls.append(a) or kept(*a)
         with torch.no_grad():
-            assert torch.allclose(layer(x), x @ want.T, atol=1e-4), shape
-            assert torch.allclose(layer(x.bfloat16()).float(), x @ want.T, rtol=2**-6, atol=0.02 * (x @ want.T).std()), shape
-        assert bool(calls) == (shape[1] % 64 > 0), "the mat-vec kernel was at work where rows are whole blocks"
-        assert not torch.allclose(layer(x), x @ w.T, atol=1e-4), "on the codes, not on the weights"
+            y, exact = layer(x).float(), x.float() @ want.T
+            assert bool(calls) == (shape[1] % 64 > 0), "the mat-vec kernel was at work where rows are whole blocks"
+            assert torch.allclose(y, exact, rtol=2**-6, atol=0.02 * exact.std()), shape
+            assert not torch.allclose(y, x.float() @ w.T, rtol=2**-6, atol=0.02 * exact.std()), "on the codes, not on the weights"
+            assert layer(x.float()).dtype == torch.float32                          # what the mat-vec kernel does not know goes the other way
         L.dequantize_nf4 = kept
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=dict(os.environ, TRITON_INTERPRET="1", OMP_NUM_THREADS="1"), capture_output=True, text=True)

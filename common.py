@@ -49,16 +49,16 @@ class Flags(argparse.ArgumentParser):
 
 
 def run(main):
-    """Call main(); Ctrl-C, a full disk or a missing file end in a sentence, not in a traceback."""
+    """Call main(); Ctrl-C, a full disk, a missing file or package end in a sentence, not in a traceback."""
     try:
         main()
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from the last checkpoint", file=sys.stderr)
         raise SystemExit(130)
-    except (OSError, MemoryError, RuntimeError) as e:
+    except (OSError, MemoryError, RuntimeError, ImportError) as e:
         if isinstance(e, RuntimeError) and "memory" not in str(e):
             raise                                   # torch says by a RuntimeError that memory is not enough; all others are bugs
-        sorry(str(e).split("\n")[0] or type(e).__name__)
+        sorry((str(e).split("\n")[0] or type(e).__name__) + "; pip install -r requirements.txt brings it" * isinstance(e, ImportError))
 
 
 def pick_device():
@@ -552,7 +552,7 @@ def write_video(path, frames, fps=20):
     """frames: an iterable of (H, W, 3) uint8, H and W divisible by 16 -> an mp4 (H.264) at path. 20 fps is HalfCheetah's time."""
     import imageio.v2 as imageio
     with whole_file(path) as part:
-        with imageio.get_writer(part, fps=fps, codec="libx264", macro_block_size=16, quality=None,
+        with imageio.get_writer(part, format="FFMPEG", fps=fps, codec="libx264", macro_block_size=16, quality=None,
                                 output_params=["-crf", "23", "-preset", "veryfast"]) as w:
             for frame in frames:
                 w.append_data(frame)

@@ -1,5 +1,5 @@
 """common.py: sampling and beam search against definitions and brute force, files, downloads, pictures."""
-import http.server, itertools, json, os, threading
+import http.server, itertools, json, os, sys, threading
 
 import numpy as np
 import pytest
@@ -259,3 +259,13 @@ def test_the_result_line_can_be_read_back(tmp_path, monkeypatch, capsys):
     assert row["seed"] == 3 and row["metrics"]["reached"] == 2.5 and row["flags"]["lr"] == 0.1
     assert 50 < row["peak_mb"] < 50_000 and row["threads"] >= 1         # torch alone takes over 50 MiB
     assert capsys.readouterr().out == "result x.py: reached 2.5\n"
+
+
+def test_a_package_that_is_not_there_gets_a_sentence(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
+    for plugin in [m for m in sys.modules if "ffmpeg" in m and m != "imageio_ffmpeg"]:
+        monkeypatch.delitem(sys.modules, plugin)                            # one that was loaded before would not ask again
+    with pytest.raises(SystemExit) as e:
+        common.run(lambda: common.write_video(tmp_path / "x.mp4", [np.zeros((32, 32, 3), np.uint8)]))
+    said = capsys.readouterr().err
+    assert e.value.code == 2 and said.count("\n") == 1 and "pip install" in said and not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""ppo_char.py's grid and the claims of the system that it follows, as measured rows: python tests/bench/grid_ppo.py [--part grid|claims|kl|readable] [--seeds N]
+"""ppo_char.py's grid and the claims of the system that it follows, as measured rows: python tests/bench/grid_ppo.py [--part grid|claims|kl|readable|rlhf] [--seeds N]
 
 Each run is the default command with the flags that its row names; runs of a seed share one pretraining. A run that is done is read from
 out/grid_ppo.jsonl, so a stopped series goes on where it was. Prints markdown tables.
@@ -6,10 +6,11 @@ grid:   {PPO, GRPO, RLOO, rejection sampling} x {pattern, white_more, white_less
         that the last policy earns (mean of 256 samples), over seeds: mean, worst, seconds of reinforcement learning, KL, distinct samples
 claims: learned, sinusoidal, rotary positions; 1, 2, 3 tokens at a time; shared and separate critic; reward scale; normalisation; ...
 kl:     the KL weight, in the loss and in the reward, against reward, KL, distinct samples and surprise (nats per token under the start: how odd the text is to it)
+rlhf:   Llama 2's recipe, version by version: the reward model's score, the judge's, KL and distinct samples, mean and range over seeds
 readable: high reward in text that the start finds ordinary. A policy does not see where the prompt ends, so --reward length, which counts from there,
         can be had in full only by text that is marked as the policy's own, that is odd; with --prompt_len 1 all prompts end at the same place
 """
-import argparse, contextlib, io, json, pathlib, sys
+import argparse, contextlib, io, json, pathlib, re, sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 import numpy as np
@@ -24,6 +25,8 @@ CLAIMS = {"default (PPO, pattern)": "", "positions sinusoidal": "--pos sinusoida
           "temperature 1.5 to 1": "--temperature 1.5", "epsilon 0.2 to 0": "--epsilon 0.2", "clip 0.05": "--clip 0.05", "clip 0.5": "--clip 0.5",
           "lambda 1, gamma 0.99": "--lam 1 --gamma 0.99", "Dr. GRPO": "--algo dr_grpo"}
 
+RLHF = "--algo rlhf --rl_lr 5e-4 --kl 0.05 --pairs 1024"
+
 
 def one(flags):
     """The metrics of one run of the command."""
@@ -33,9 +36,12 @@ def one(flags):
         if row["flags"] == key:
             return row["metrics"]
     sys.argv = ["ppo_char.py", *key.split()]
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+    with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.redirect_stderr(io.StringIO()):
         pc.main()
     metrics = json.loads(pathlib.Path("out/results.jsonl").read_text().splitlines()[-1])["metrics"]
+    # the last table it printed: a line of names, then a line for each version of the policy
+    names, *rows = re.findall(r"^ *(reward .*|(?:start|SFT|V\d|[a-z_]+) +-?[\d.]+ .*)$", said.getvalue(), re.M)
+    metrics["versions"] = {name: dict(zip(names.split(), map(float, x))) for name, *x in map(str.split, rows)}
     with open(DONE, "a") as f:
         f.write(json.dumps(dict(flags=key, metrics=metrics)) + "\n")
     return metrics
@@ -59,7 +65,7 @@ def blind(prompt_len):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--part", default="all", choices=["all", "grid", "claims", "kl", "readable"])
+    p.add_argument("--part", default="all", choices=["all", "grid", "claims", "kl", "readable", "rlhf"])
     p.add_argument("--seeds", type=int, default=5)
     args = p.parse_args()
     columns = ["beam", "kl", "distinct", "surprise", "rl_seconds"]
@@ -72,7 +78,16 @@ def main():
         got = [one(f"{flags} --seed {s}")["reward"] for flags in runs.values() for s in range(args.seeds)]
         print(f"\n{sum(g >= 0.9 for g in got)} of {len(got)} runs reach 0.9 of the attainable maximum; the worst has {min(got):.3f}\n")
     if args.part in ("all", "claims"):
-        table(CLAIMS, min(args.seeds, 2), ["pretrain_loss", *columns, "ratio_error"])
+        for seed in range(min(args.seeds, 3)):
+            for flags in CLAIMS.values():
+                one(f"{flags} --seed {seed}")
+        table(CLAIMS, min(args.seeds, 3), ["pretrain_loss", *columns, "ratio_error"])
+    if args.part in ("all", "rlhf"):
+        runs, columns2 = [one(f"{RLHF} --seed {s}")["versions"] for s in range(min(args.seeds, 3))], ["reward", "judge", "kl", "distinct", "surprise"]
+        print(f"\n{RLHF}, {len(runs)} seeds\n| | " + " | ".join(columns2) + " |\n|" + "---|" * (1 + len(columns2)))
+        for v in runs[0]:
+            cells = [[r[v][c] for r in runs] for c in columns2]
+            print(f"| {v} | " + " | ".join(f"{np.mean(x):.3f} ({min(x):.3f} to {max(x):.3f})" for x in cells) + " |", flush=True)
     if args.part in ("all", "kl"):
         table({f"length, --kl_in {w} --kl {k}": f"--reward length --kl_in {w} --kl {k}" for w in ("loss", "reward") for k in ("0", "0.002", "0.01", "0.03", "0.1")},
               1, columns)

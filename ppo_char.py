@@ -59,10 +59,10 @@ def get_args(argv=None):
     p.flag("prompts", 16, "prompts per round")
     p.flag("group", 8, "completions per prompt: G of GRPO and RLOO, K of rejection sampling", low=2)
     p.flag("epochs", 2, "gradient steps on each round's completions")
-    p.flag("rl_lr", 2e-3, "AdamW's learning rate in reinforcement learning")
+    p.flag("rl_lr", 2e-3, "AdamW's learning rate in reinforcement learning (5e-4 for rlhf)")
     p.flag("clip", 0.2, "how far the ratio may go from 1, and a value from its old one, in one round")
     p.flag("gamma", 1.0, "discount; 1: texts are short, and what counts is their whole score", high=1)
-    p.flag("lam", 0.95, "GAE's lambda: 1 trusts the returns, 0 the critic; below 1 a critic that knows nothing favours early ends", high=1)
+    p.flag("lam", 0.95, "GAE's lambda: 1 trusts the returns, 0 the critic; below 1 a critic that knows nothing favours early ends (rlhf: 1)", high=1)
     p.flag("kl", 0.002, "weight of the KL divergence to the frozen start: higher keeps the text nearer to what it was")
     p.flag("kl_in", "loss", "GRPO's way, steady before any reward is found, or Llama 2's, which keeps nearer", choices=["loss", "reward"])
     p.flag("entropy", 0.0, "weight of the entropy bonus")
@@ -72,14 +72,16 @@ def get_args(argv=None):
     p.flag("temperature_end", 1.0, "at the last round; linear between", low=1e-3)
     p.flag("epsilon", 0.0, "share of tokens drawn at random at first (0.1 for rejection sampling); the ratio knows of it", high=1)
     p.flag("epsilon_end", 0.0, "at the last round", high=1)
-    p.flag("pairs", 1024, "pairs of completions that the judge compares for a reward model, per version")
+    p.flag("pairs", 1024, "pairs of completions that the judge compares for a reward model, per version (4096 for rlhf)")
     # what comes out
     p.flag("beam", 5, "width of the beam search shown beside sampling")
     p.flag("seed", 0, "of weights, batches and samples", low=0)
     p.flag("smoke", False, "the same path with tiny numbers, under a minute")
     said = " ".join(sys.argv if argv is None else argv)
-    # rejection sampling learns from winners alone: noise costs it nothing, and without, it samples the same few texts again and again
-    p.set_defaults(**dict(iterations=300, epsilon=0.1) if re.search("--algo[ =]rejection", said) else {})
+    # rejection sampling learns from winners alone: noise costs it nothing, and without, it samples the same few texts again and again;
+    # rlhf's critic begins at 0, and with lambda below 1 what ends soon then looks good; its steps are small: V5 shall keep what V4 learned
+    own = dict(rejection=dict(iterations=300, epsilon=0.1), rlhf=dict(rl_lr=5e-4, lam=1.0, pairs=4096))
+    p.set_defaults(**own.get((re.search(r"--algo[ =](\w+)", said) or [0, ""])[1], {}))
     if "--smoke" in said:                                       # its numbers are defaults: other flags still win over them
         p.set_defaults(steps=20, batch_size=16, n_embd=32, iterations=4, prompts=4, group=4, pairs=64, beam=2)
     args = p.parse_args(argv)

@@ -25,7 +25,7 @@ CLAIMS = {"default (PPO, pattern)": "", "positions sinusoidal": "--pos sinusoida
           "temperature 1.5 to 1": "--temperature 1.5", "epsilon 0.2 to 0": "--epsilon 0.2", "clip 0.05": "--clip 0.05", "clip 0.5": "--clip 0.5",
           "lambda 1, gamma 0.99": "--lam 1 --gamma 0.99", "Dr. GRPO": "--algo dr_grpo"}
 
-RLHF = "--algo rlhf --rl_lr 5e-4 --kl 0.05 --pairs 1024"
+RLHF = ["", "--pairs 1024", "--pairs 1024 --lam 0.95 --kl 0.05", "--kl 0.01"]          # the default, and what is told of it in the README
 
 
 def one(flags):
@@ -82,11 +82,11 @@ def main():
             for flags in CLAIMS.values():
                 one(f"{flags} --seed {seed}")
         table(CLAIMS, min(args.seeds, 3), ["pretrain_loss", *columns, "ratio_error"])
-    if args.part in ("all", "rlhf"):
-        runs, columns2 = [one(f"{RLHF} --seed {s}")["versions"] for s in range(min(args.seeds, 3))], ["reward", "judge", "kl", "distinct", "surprise"]
-        print(f"\n{RLHF}, {len(runs)} seeds\n| | " + " | ".join(columns2) + " |\n|" + "---|" * (1 + len(columns2)))
+    for flags in RLHF if args.part in ("all", "rlhf") else []:
+        runs, names = [one(f"--algo rlhf {flags} --seed {s}")["versions"] for s in range(min(args.seeds, 3))], ["reward", "judge", "kl", "distinct", "surprise"]
+        print(f"\n--algo rlhf {flags}, {len(runs)} seeds: mean (least to most)\n| | " + " | ".join(names) + " |\n|" + "---|" * (1 + len(names)))
         for v in runs[0]:
-            cells = [[r[v][c] for r in runs] for c in columns2]
+            cells = [[r[v][c] for r in runs] for c in names]
             print(f"| {v} | " + " | ".join(f"{np.mean(x):.3f} ({min(x):.3f} to {max(x):.3f})" for x in cells) + " |", flush=True)
     if args.part in ("all", "kl"):
         table({f"length, --kl_in {w} --kl {k}": f"--reward length --kl_in {w} --kl {k}" for w in ("loss", "reward") for k in ("0", "0.002", "0.01", "0.03", "0.1")},

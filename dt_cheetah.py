@@ -6,7 +6,7 @@ Measured: AMD EPYC (Zen 4), torch 2.13, no GPU, bfloat16; seeds 0-2, 10 episodes
 2400, 4800 it reaches 300.3, 599.1, 1200.0, 2400.5, 4798.9 (mean error 0.17%, worst seed and target 0.34%, nobody fell); of
 100, 200, ... 5000 0.15%, nobody fell in 500 episodes; shoved or from rough starts 6 of 300 fall (3 of them start inside the ground:
 there the data's own gaits fall, too), the others reach their target.
-From nothing to the first video 56 s on 2 cores. Paper: Chen et al. 2021, arXiv 2106.01345. Differs from it in:
+From nothing to the first video 38 s on 2 quiet cores. Paper: Chen et al. 2021, arXiv 2106.01345. Differs from it in:
 1. the return token carries the reward RATE still to be earned, with sine features; --condition rtg is the paper's return-to-go
 2. the data is a ladder of 54 stable gaits of all speeds (--search), replayed with action noise, shoves and from each other's runs
 3. 500 steps at 1e-3 and no dropout, not 100,000 at 1e-4 with 0.1

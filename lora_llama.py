@@ -7,7 +7,7 @@
 
 Measured: default command, one core of an AMD EPYC shared with others, torch 2.13, seed 0: 171 s of CPU time (pretraining 131, tuning 38). Held-out
     loss per byte 2.755 before, 1.004 after; 33 of 33 held-out answers stop by themselves, 2 are exact: the form is learned, the facts are not. NF4:
-    4.461 bits per linear weight (4.127 if matrices are large), error <= 0.031, mean 0.0030. Llama-2-7B's shape in NF4 on an NVIDIA H200: 183 tokens/s.
+    4.461 bits per linear weight (4.127 if matrices are large), error <= 0.031, mean 0.0030. Llama-2-7B's shape in NF4 on an H200: 183 tokens/s.
 Papers: Llama 2 (arXiv 2307.09288, section 3.1), LoRA (2106.09685), QLoRA (2305.14314), rsLoRA (2312.03732).
 Differs from Llama 2's SFT in: 1. examples packed in one sequence do not see each other; 2. LoRA, not all weights, hence the
     larger learning rate; 3. the loss is a mean over the answer tokens of the whole batch, however the batch is cut up.
@@ -390,8 +390,8 @@ def dequantize_nf4(q, dtype):
     """NF4 -> a tensor of its shape. The product is made in fp32 and rounded once, as in bitsandbytes."""
     n, packed, absmax = math.prod(q.shape), q.packed, q.absmax
     if triton and (packed.is_cuda or INTERPRETED) and n % q.block == 0:
-        out, (tensors, sizes) = torch.empty(q.shape, dtype=dtype, device=packed.device), kernel_arguments(q)
-        dequantize_kernel[(triton.cdiv(len(absmax), 64),)](*tensors, tables(packed.device)[2], out, len(absmax), NB=64, num_warps=2, **sizes)
+        out, (tensors, sizes) = torch.empty(q.shape, dtype=dtype, device=packed.device), kernel_arguments(q, 4096)
+        dequantize_kernel[(triton.cdiv(len(absmax), sizes["NB"]),)](*tensors, tables(packed.device)[2], out, len(absmax), num_warps=2, **sizes)
         return out
     if q.nested:
         code, top, offset, block = q.nested
@@ -442,10 +442,10 @@ if triton:
             total += (first * even + second * odd) * maxima(row * n_blocks + b, b < n_blocks, absmax, code2, absmax2, offset, BLOCK2)[:, None]
         tl.store(y + row, tl.sum(tl.reshape(total, (NB * HALF,)), 0).to(tl.bfloat16))
 
-def kernel_arguments(q):
-    """How both kernels are told of an NF4; where there is no second quantization, anything stands in its place."""
+def kernel_arguments(q, tile):
+    """How both kernels are told of an NF4, tile weights at once; where there is no second quantization, anything stands in its place."""
     code2, absmax2, offset, block2 = q.nested or (q.absmax, q.absmax, 0.0, 1)
-    return (q.packed, q.absmax, code2, absmax2, offset), dict(HALF=q.block // 2, BLOCK2=block2)
+    return (q.packed, q.absmax, code2, absmax2, offset), dict(HALF=q.block // 2, BLOCK2=block2, NB=max(1, tile // q.block))
 
 class MatMul4(torch.autograd.Function):
     """x W^T with W in NF4. W is unpacked anew for the backward pass: kept, all layers together are the 16-bit model."""
@@ -478,8 +478,8 @@ class Linear(nn.Module):
         if self.q is None:
             y = times(x, self.weight)
         elif triton and (x.is_cuda or INTERPRETED) and alone and n_in % self.q.block == 0:
-            y, (tensors, sizes) = x.new_empty(*x.shape[:-1], n_out), kernel_arguments(self.q)
-            matvec_kernel[(n_out,)](*tensors, tables(x.device)[2], x.contiguous(), y, n_in // self.q.block, NB=32, num_warps=1, **sizes)
+            y, (tensors, sizes) = x.new_empty(*x.shape[:-1], n_out), kernel_arguments(self.q, 2048)
+            matvec_kernel[(n_out,)](*tensors, tables(x.device)[2], x.contiguous(), y, n_in // self.q.block, num_warps=1, **sizes)
         else:
             y = MatMul4.apply(x, self.q)                                # (..., n_out)
         if self.lora_A is not None:

@@ -381,6 +381,16 @@ for shape in ((5, 64), (13, 128), (6, 1408), (4, 96)):
             assert not torch.allclose(y, x.float() @ w.T, rtol=2**-6, atol=0.02 * exact.std()), "on the codes, not on the weights"
             assert layer(x.float()).dtype == torch.float32                          # what the mat-vec kernel does not know goes the other way
         L.dequantize_nf4 = kept
+for block in (32, 128, 4096):                   # as others may have stored it
+    q = L.NF4(torch.randint(0, 256, (3 * 4096 // 2,), dtype=torch.uint8), torch.rand(3 * 4096 // block), (3, 4096), block, None)
+    L.INTERPRETED = False
+    want = L.dequantize_nf4(q, torch.float32)
+    L.INTERPRETED = True
+    assert torch.allclose(L.dequantize_nf4(q, torch.float32), want, atol=1e-6), block
+    layer, x = L.Linear(4096, 3), torch.randn(1, 4096).bfloat16()
+    layer.q = q
+    with torch.no_grad():
+        assert torch.allclose(layer(x).float(), x.float() @ want.T, rtol=2**-6, atol=0.5), block
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=dict(os.environ, TRITON_INTERPRET="1", OMP_NUM_THREADS="1"), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -79,7 +79,8 @@ def get_args(argv=None):
     p.flag("smoke", False, "the same path with tiny numbers, under a minute")
     said = " ".join(sys.argv if argv is None else argv)
     # rejection sampling learns from winners alone: noise costs it nothing, and without, it samples the same few texts again and again;
-    # rlhf's critic begins at 0, and with lambda below 1 what ends soon then looks good; its steps are small: V5 shall keep what V4 learned
+    # rlhf's critic begins at 0, and with lambda below 1 what ends soon then looks good; with larger steps its samples lose their variety,
+    # and with fewer pairs the reward model is a poor judge
     own = dict(rejection=dict(iterations=300, epsilon=0.1), rlhf=dict(rl_lr=5e-4, lam=1.0, pairs=4096))
     p.set_defaults(**own.get((re.search(r"--algo[ =](\w+)", said) or [0, ""])[1], {}))
     if "--smoke" in said:                                       # its numbers are defaults: other flags still win over them

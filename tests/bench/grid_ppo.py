@@ -25,7 +25,8 @@ CLAIMS = {"default (PPO, pattern)": "", "positions sinusoidal": "--pos sinusoida
           "temperature 1.5 to 1": "--temperature 1.5", "epsilon 0.2 to 0": "--epsilon 0.2", "clip 0.05": "--clip 0.05", "clip 0.5": "--clip 0.5",
           "lambda 1, gamma 0.99": "--lam 1 --gamma 0.99", "Dr. GRPO": "--algo dr_grpo"}
 
-RLHF = ["", "--pairs 1024", "--pairs 1024 --lam 0.95 --kl 0.05", "--kl 0.01"]          # the default, and what is told of it in the README
+RLHF = ["", "--kl 0.01", "--pairs 1024 --kl 0.05 --lam 0.95", *(f"--pairs 1024 --kl {kl}" for kl in ("0.2", "0.05", "0.01", "0.002")),
+        "--pairs 1024 --rl_lr 2e-3"]            # the default, and what the README tells of it (but for --pairs 16384, five minutes a seed)
 
 
 def one(flags):

@@ -102,16 +102,44 @@ def test_the_ladder_is_small_dense_and_its_gaits_are_stable():
     assert (np.abs(mean - z["returns"][:, 0]) < 5 * np.array(sure)).all(), np.abs((mean - z["returns"][:, 0]) / sure).max()
     told = z["returns"][:, 0]
     gaps = np.diff(told)
-    assert (gaps > 0).all() and told.min() < 30 and told.max() >= 5900          # 6000 was asked: the README tells why not
+    assert (gaps > 0).all() and told.min() < 30 and told.max() >= 6000
     assert gaps[told[1:] <= 3000].max() <= 200 and gaps.max() <= 400
 
 
-@pytest.mark.xfail(strict=True, reason="asked: best >= 6000, and every gait under 60 over any six episodes; the best is 5973")
-def test_the_ladder_is_all_that_was_asked():
+@pytest.mark.xfail(strict=True, reason="asked: a spread under 60 over six episodes; the fastest have 50 to 60, so one six in three is wider")
+def test_no_six_episodes_of_any_gait_spread_wider_than_60():
     z = common.load_arrays(LADDER)
     W, b = (z[k].astype(float).repeat(6, 0) for k in ("W", "b"))
     ret = dt.play(W, b, dt.starts(len(W), np.random.default_rng(7)), 1000)[2].sum(1).reshape(-1, 6)
-    assert ret.std(1).max() < 60 and ret.mean(1).max() >= 6000
+    assert ret.std(1).max() < 60
+
+
+def test_one_gait_for_all_plays_as_many_equal_ones(tmp_path):
+    z = common.load_arrays(LADDER)
+    W, b, start = z["W"][-1].astype(float), z["b"][-1].astype(float), dt.starts(5, np.random.default_rng(3))
+    one, many = dt.play(W, b, start, 200), dt.play(W[None].repeat(5, 0), b[None].repeat(5, 0), start, 200)
+    assert all(np.array_equal(x, y) for x, y in zip(one, many))
+
+
+def test_the_fastest_comes_in_once_more_and_counts_only_if_it_got_faster(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    z, (slow, fast), asked = common.load_arrays(LADDER), (25, 30), []
+    keep = {k: z[k][[slow]].astype(float) for k in ("W", "b", "returns")}
+    state = dict(W=keep["W"][0], b=keep["b"][0], first=1.0, i=1000, tries=0, rough=True, running=np.empty((0, 16, 19)), hard=np.ones(1, bool),
+                 vetted=1, failed=np.zeros(1), Ws=keep["W"], bs=keep["b"], found=keep["returns"])
+
+    def lesson(W, b, speed, running, hard, args, rng, whole):
+        asked.append((speed, running, whole))
+        return (W, b) if len(asked) < 3 else (z["W"][fast].astype(float), z["b"][fast].astype(float))
+
+    monkeypatch.setattr(dt, "gait_near", lesson)
+    goal = round(1.015 * keep["returns"][0, 0] / 1000, 2)
+    for steps, gaits in ((2, 1), (5, 2)):                           # after one lesson it is what it was; the third makes another of it
+        (tmp_path / "out").mkdir(exist_ok=True)
+        np.savez("out/search.npz", **state)
+        dt.search(dt.get_args(["--search_steps", str(steps)]), tmp_path / "ladder.npz")
+        assert len(common.load_arrays("ladder.npz")["W"]) == gaits and set(asked) == {(goal, None, True)}
+    assert len(asked) == 3
 
 
 # ---- the model -----------------------------------------------------------------------------------------------------------------
@@ -327,8 +355,12 @@ def test_another_ladder_is_another_data_set_and_an_older_one_is_made_anew(tmp_pa
     assert ask() == "cheetah_ladder.hdf5" and ask() is None
 
 
-def test_d4rl_score_is_d4rls():
-    assert dt.d4rl_score(12135) == pytest.approx(100) and dt.d4rl_score(-280.178953) == pytest.approx(0)
+def test_the_banner_tells_d4rls_score(tmp_path, capsys):
+    obs, act, rew = some_episodes(2, 1000)
+    rew[0], rew[1] = 12.135, -0.280178953                           # D4RL's expert and its random policy
+    common.write_episodes(tmp_path / "d.hdf5", obs, act, rew)
+    dt.find_dataset(dt.get_args(["--dataset", str(tmp_path / "d.hdf5")]))
+    assert re.search(r"largest: -280 .* 12135; D4RL-normalised: -?0\.0 .* 100\.0$", capsys.readouterr().out.strip())
 
 
 def spoil(path, name, value):

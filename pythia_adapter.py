@@ -217,6 +217,7 @@ class Adapter(nn.Module):
         nn.init.constant_(self.ln_in.weight, token_std)
         self.register_buffer("mean", torch.zeros(S_DIM))            # of the data's states: a model knows its own scale
         self.register_buffer("std", torch.ones(S_DIM))
+        self.register_buffer("most", torch.tensor(torch.inf))       # the largest rate it was shown: of larger ones it knows nothing
 
     def forward(self, trunk, r, s, a, t, valid, last=False):
         """r (B, K): reward rates or returns-to-go; s (B, K, 17); a (B, K, 6); t (B, K): steps since the start; valid (B, K):
@@ -287,7 +288,7 @@ def train(args, data, file, device):
         return trunk, adapter, seconds, count
     d = data()
     r, obs, act = (torch.from_numpy(np.float32(x)).to(device) for x in (still_to_earn(d, args.condition), d.obs, d.act))
-    adapter.mean.copy_(obs.mean(0)), adapter.std.copy_(obs.std(0) + 1e-6)
+    adapter.mean.copy_(obs.mean(0)), adapter.std.copy_(obs.std(0) + 1e-6), adapter.most.fill_(np.quantile(r.cpu(), 0.999))
     scale = 1024.0 if dtype == torch.float16 else 1.0           # or small gradients become 0; AdamW does not mind a factor
     bar, began = tqdm(total=args.steps, initial=step, desc="training", unit="step", disable=None), time.time() - seconds
     while step < args.steps:
@@ -330,7 +331,7 @@ def evaluate(trunk, adapter, targets, args, device):
     for step in tqdm(range(H), desc="running", unit="step", disable=None):
         for x in (r, s, a, t, valid):                           # the window moves on by a step
             x[:, :-1] = x[:, 1:].clone()
-        r[:, -1] = torch.from_numpy(reward_rate(owed, H - step) if args.condition == "rate" else owed)
+        r[:, -1] = torch.from_numpy(np.minimum(reward_rate(owed, H - step), adapter.most.item()) if args.condition == "rate" else owed)
         s[:, -1], t[:, -1], valid[:, -1] = torch.from_numpy(obs), min(step, CLOCK[args.condition]), True
         a[:, -1] = adapter(trunk, r, s, a, t, valid, last=True)[:, 0]
         obs, reward = sim.step(a[:, -1].double().cpu().numpy())

@@ -278,6 +278,27 @@ def test_windows_end_everywhere():
     assert counts.min() > 250 and counts.max() < 420
 
 
+class Spy:
+    """Stands where a model stands, does nothing, and keeps what it was told is still to be earned."""
+    def __init__(self, condition, most):
+        self.condition, self.most, self.told = condition, torch.tensor(most), []
+
+    def __call__(self, r, s, a, t, valid, last):
+        self.told.append(r[:, -1].clone().numpy())
+        return torch.zeros(len(r), 1, 6)
+
+
+@pytest.mark.parametrize("condition", ["rate", "rtg"])
+def test_a_rate_it_was_never_shown_is_told_as_the_largest_it_was(condition):
+    spy, args = Spy(condition, 25.0), dt.get_args(["--max_steps", "50"])
+    asked, got, _, diary = dt.evaluate(spy, [1000.0, 9000.0], args, "cpu")
+    owed, left = 1000.0 - np.array([0.0, *(d[1] for d in diary[:-1])]), np.maximum(50 - np.arange(50), 20)
+    want = np.minimum(owed / left, 25.0) if condition == "rate" else owed
+    told = np.array(spy.told)
+    assert np.allclose(told[:, 0], want, rtol=1e-5) and asked.tolist() == [1000.0, 9000.0]
+    assert (told[:, 1] == 25.0).all() if condition == "rate" else (told[:, 1] > 8000).all()
+
+
 # ---- files -----------------------------------------------------------------------------------------------------------------------
 
 def some_episodes(E=3, T=30, seed=0):

@@ -233,6 +233,19 @@ def test_the_physics_are_gymnasiums():
     env.close()
 
 
+def test_a_rate_it_was_never_shown_is_told_as_the_largest_it_was():
+    told = []
+
+    def spy(trunk, r, s, a, t, valid, last):
+        told.append(r[:, -1].clone().numpy())
+        return torch.zeros(len(r), 1, 6)
+
+    spy.most = torch.tensor(25.0)
+    pa.evaluate(None, spy, [1000.0, 9000.0], pa.get_args(["--max_steps", "50"]), "cpu")
+    told = np.array(told)
+    assert (told[:, 1] == 25).all() and told[0, 0] == 20 and (told[:, 0] >= 20).all()
+
+
 # ---- files and faults ------------------------------------------------------------------------------------------------------------
 
 BROKEN = {

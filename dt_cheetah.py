@@ -586,7 +586,7 @@ def main():
         for x, g, e, f in zip(*(z.reshape(-1, args.episodes) for z in (asked, got, error, fell))):
             print(f"{x.mean():6.0f}   {g.mean():7.1f} +- {g.std():6.1f}  {e.mean():7.2%}  {f.sum():3d}/{len(f)}")
     _, asked, got, fell, error, diary = rows[0]                         # the policy asked for, not its baselines
-    metrics = dict(asked=round(asked[0], 1), reached=round(got.mean(), 1), std=round(got.std(), 1))
+    metrics = dict(asked=round(asked.mean(), 1), reached=round(got.mean(), 1), std=round(got.std(), 1))
     if len(args.targets) > 1:
         metrics = dict(targets=len(args.targets), figure=str(figure([row[:3] for row in rows], OUT / "dt_cheetah_targets.png")))
     metrics.update(error_percent=round(100 * error.mean(), 2), episodes=len(got), fell=int(fell.sum()))

@@ -44,7 +44,8 @@ class Flags(argparse.ArgumentParser):
 
     def error(self, message):
         if message.startswith("unrecognized"):      # their values may be secrets: a key typed after a wrong flag
-            message = "there is no flag " + ", ".join(x.split("=")[0] for x in message.split() if x.startswith("-")) or message
+            wrong = ", ".join(x.split("=")[0] for x in message.split() if x.startswith("-"))
+            message = f"there is no flag {wrong}" if wrong else "a value stands where no flag asks for one"
         sorry(f"{message} (--help lists the flags)")
 
 
@@ -81,7 +82,8 @@ def whole_file(path):
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.stem}.part{os.getpid()}{path.suffix}")   # the suffix stays: writers go by it
     for old in path.parent.glob(f"{glob.escape(path.stem)}.part*{path.suffix}"):
-        old.unlink(missing_ok=True)                     # of a run that was killed while it wrote
+        if time.time() - old.stat().st_mtime > 600:     # of a run that was killed while it wrote, not of one beside us
+            old.unlink(missing_ok=True)
     try:
         yield part
         with open(part, "rb+") as f:
@@ -314,7 +316,8 @@ def write_episodes(path, obs, act, rew):
         part.write_text(json.dumps(dict(
             total_episodes=E, total_steps=E * T, data_format="hdf5", dataset_id="mujoco/halfcheetah/ladder-v0", minari_version="0.5.4",
             observation_space=box(17, float("inf")), action_space=box(6, 1.0), env_spec=gymnasium.spec("HalfCheetah-v5").to_json())))
-    if not (main := path.with_name("main_data.hdf5")).exists():
+    if (main := path.with_name("main_data.hdf5")).is_symlink() or not main.exists():        # it may be of another run
+        main.unlink(missing_ok=True)
         main.symlink_to(path.name)
 
 
@@ -345,7 +348,7 @@ def read_texts(path):
             raise ValueError("it is binary")
         for encoding in ("utf-16",) if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else ("utf-8-sig", "cp1252", "latin-1"):
             try:
-                text = raw.decode(encoding)
+                text = raw.decode(encoding, "replace" if encoding == "utf-16" else "strict")
                 break
             except UnicodeDecodeError:
                 continue

@@ -21,9 +21,8 @@ from tqdm import tqdm
 import common
 from common import Cheetahs, sorry
 
-S_DIM, A_DIM, DT = 17, 6, 0.05          # HalfCheetah-v5: observation, action, seconds per step (common.Cheetahs is many of them)
+S_DIM, A_DIM, T_DATA = 17, 6, 1000       # HalfCheetah-v5: observation, action, time limit in steps of 0.05 s (common.Cheetahs is many)
 RANDOM, EXPERT = -280.178953, 12135     # what D4RL's random policy and its expert earn: 0 and 100 of its scale (arXiv 2004.07219)
-T_DATA = 1000                           # its time limit, and the length of the timestep embedding
 OUT, SAVE_EVERY = pathlib.Path("out"), 100
 LADDER = str(pathlib.Path(__file__).resolve().parent / "data" / "cheetah_ladder.npz")
 NAMES = dict(rate="DT, reward rate", rtg="DT, return-to-go", bc="behaviour cloning")
@@ -86,7 +85,8 @@ def get_args(argv=None):
         p.error(f"argument --n_head: {args.n_head} heads do not share {args.n_embd} dimensions evenly")
     try:
         args.targets = [x for t in args.targets or [str(args.target_rew)] for x in numbers(t)]
-        args.target_schedule = [(int(t), *numbers(x)) for t, x in (pair.split(":") for pair in args.target_schedule or [])]
+        pairs = [pair.split(":") for pair in args.target_schedule or []]
+        args.target_schedule = [(range(args.max_steps).index(int(t)), *numbers(x)) for t, x in pairs]
     except ValueError as e:
         p.error(f"argument --targets or --target_schedule: {e}")
     return args
@@ -95,9 +95,9 @@ def get_args(argv=None):
 def numbers(text):
     """"1200" -> [1200.0]; "100:300:100" -> [100.0, 200.0, 300.0]. ValueError on what is neither."""
     x = [float(part) for part in text.split(":")]
-    if not all(map(math.isfinite, x)) or len(x) not in (1, 3) or len(x) == 3 and not (x[2] > 0 and x[0] <= x[1]):
+    if not all(abs(v) <= 1e9 for v in x) or len(x) not in (1, 3) or len(x) == 3 and not (x[2] > 0 and x[0] <= x[1]):
         raise ValueError(f"{text} is neither a number nor first:last:step")
-    return x if len(x) == 1 else list(np.arange(x[0], x[1] + x[2] / 2, x[2]))
+    return x if len(x) == 1 else np.arange(x[0], x[1] + 1e-6 * x[2], x[2]).tolist()
 
 # ---- gaits: affine policies, many at once ----------------------------------------------------------------------------------
 
@@ -113,8 +113,7 @@ def play(W, b, start, T, noise=0.0, rng=None, shove=None):
             sim.state[:, 10:13] += shove
         o = sim.state[:, 2:]
         a = (W @ o[:, :, None])[:, :, 0] + b
-        if noise:
-            a += noise * rng.standard_normal(a.shape)
+        a += noise * rng.standard_normal(a.shape) if noise else 0
         obs[:, t], act[:, t] = o, np.clip(a, -1, 1)
         obs[:, t + 1], rew[:, t] = sim.step(a)
     return obs, act, rew, sim.state
@@ -173,7 +172,7 @@ def fast_gait(args, z, save):
 
 def gait_near(W, b, speed, running, hard, args, rng, whole=False):
     """Change a gait until it earns `speed` per step: random search again, the score now minus the distance from it, second by
-    second (20 steps); a fall costs 2. Half the episodes start in running (m, 19), states of other gaits, and all actions are noisy:
+    second (20 steps); a fall costs 2. With running (m, 19), states of other gaits, half the episodes start there, all actions noisy:
     what survives that can be switched to. hard: the others start rough, and the torso is shoved: what survives that comes back.
     whole: a single step, of whole episodes, whose returns tell of the stumble that comes late."""
     noise, each, small = 0.0 if running is None else 0.05, 4, dict(n_dir=32, top=32, step=0.012, nu=0.01)
@@ -212,8 +211,8 @@ def gait_test(W, b, running, rng):
 
 def search(args, file):
     """Find the ladder from --search_seed alone: one fast gait, then rung by rung its neighbours, up to the fastest and down
-    past standing still. Every try is kept in out/search.npz: kill it and it goes on. Writes file (.npz)."""
-    path = OUT / "search.npz"
+    past standing still. Every try is kept in out/search_*.npz: kill it and it goes on. Writes file (.npz)."""
+    path = OUT / "search_{search_seed}_{search_steps}_{search_iters}_{search_tries}_{search_stride}.npz".format(**vars(args))
     z = common.load_arrays(path) if path.exists() else {}
 
     def save(**more):
@@ -241,7 +240,7 @@ def search(args, file):
     while z["i"] < len(plan):
         i, tries, W, b = int(z["i"]), int(z["tries"]), z["W"], z["b"]
         rng = np.random.default_rng((args.search_seed, i, tries))
-        if i == len(up) and tries == 0:                         # the way down begins where the way up began
+        if i == len(up) > 0 and tries == 0:                     # the way down begins where the way up began
             W, b, z["rough"] = z["Ws"][0], z["bs"][0], True
         near = z["running"][np.argsort(np.abs(z["found"][:, 0] / T_DATA - plan[i]))[:5]]
         rough = lambda own: np.concatenate([own, *near]) if z["rough"] else None
@@ -296,14 +295,14 @@ def search(args, file):
 
 def collect(args, path):
     """Replay every gait of the ladder, with noise on its actions, from other gaits' mid-run states, shoved, into path (.hdf5)."""
-    z = common.load_arrays(args.ladder)
-    W, b = z["W"].astype(np.float64), z["b"].astype(np.float64)
-    G, each, folder = len(W), min(6, args.ladder_episodes), path.with_suffix(".parts")
+    with common.reading(args.ladder), np.load(args.ladder) as z:
+        W, b = np.float64(z["W"]).reshape(-1, A_DIM, S_DIM), np.float64(z["b"]).reshape(-1, A_DIM)
+    G, each, folder = len(W), max(k for k in range(1, 7) if args.ladder_episodes % k == 0), path.with_suffix(".parts")
     gait, n = np.arange(G).repeat(each), each * G
     files = [folder / f"{i}.npz" for i in range(args.ladder_episodes // each)]
     bar = tqdm(total=len(files) * n * T_DATA, unit="step", unit_scale=True, desc="collecting", disable=None)
-    for i, file in enumerate(files):                # six episodes of each gait make a part; a killed run keeps its parts
-        if not file.exists():
+    for i, file in enumerate(files):                # up to six episodes of each gait make a part; a killed run keeps its parts
+        if not file.exists() or file.stat().st_mtime < pathlib.Path(args.ladder).stat().st_mtime:
             rng = np.random.default_rng(i)
             # in whose run does an episode start? half of the crossings in a neighbour's, half in anyone's
             u, near = rng.random(n), np.clip(gait + rng.choice([-2, -1, 1, 2], n), 0, G - 1)
@@ -401,7 +400,7 @@ class DecisionTransformer(nn.Module):
                 nn.init.zeros_(m.bias)
         self.register_buffer("mean", torch.zeros(S_DIM))            # of the data's states: a model knows its own scale
         self.register_buffer("std", torch.ones(S_DIM))
-        self.register_buffer("most", torch.tensor(torch.inf))       # the largest rate it was shown: of larger ones it knows nothing
+        self.register_buffer("most", torch.tensor(torch.inf))       # of rates larger than nearly all it was shown it knows nothing
 
     def forward(self, r, s, a, t, valid, last=False):
         """r (B, K): reward rates or returns-to-go; s (B, K, 17); a (B, K, 6); t (B, K): steps since the start; valid (B, K):
@@ -479,8 +478,7 @@ def train(args, condition, data, file, device):
         model.most.fill_(np.quantile(r, 0.999))
     r, obs, act = (torch.from_numpy(np.float32(x)).to(device) for x in (r, d.obs, d.act))
     model.mean.copy_(obs.mean(0)), model.std.copy_(obs.std(0) + 1e-6)
-    bar = tqdm(total=args.steps, initial=step, desc=f"training {condition}", unit="step", disable=None)
-    began = time.time() - seconds
+    bar, began = tqdm(total=args.steps, initial=step, desc=f"training {condition}", unit="step", disable=None), time.time() - seconds
     while step < args.steps:
         # batches and dropout depend on (seed, step) alone: a resumed run sees what an unbroken one would have seen
         torch.manual_seed(1_000_003 * args.seed + step)
@@ -505,7 +503,7 @@ def train(args, condition, data, file, device):
             bar.set_postfix(loss=f"{np.mean(losses[-100:]):.5f}")
             common.save_checkpoint(file, dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step, seconds=seconds))
     bar.close()
-    print(f"trained {NAMES[condition]}: loss {np.mean(losses[-100:]):.5f} over the last 100 of {step} steps, {seconds:.0f} s")
+    print(f"trained {NAMES[condition]}: loss {np.mean(losses[-100:]):.5f} over the last {len(losses[-100:])} of {step} steps, {seconds:.0f} s")
     return model.eval(), seconds
 
 # ---- evaluation: closed loop, all targets and episodes in one batch ---------------------------------------------------------
@@ -534,25 +532,25 @@ def evaluate(model, targets, args, device):
         r[:, -1] = torch.from_numpy(np.minimum(reward_rate(owed, H - step), model.most.item()) if model.condition == "rate" else owed)
         s[:, -1], t[:, -1], valid[:, -1] = torch.from_numpy(obs), int(clock(step, model.condition)), True
         a[:, -1] = model(r, s, a, t, valid, last=True)[:, 0]
-        obs, reward = sim.step(a[:, -1].double().cpu().numpy())
+        obs, reward = sim.step(a[:, -1].cpu().double().numpy())
         earned, owed, fell = earned + reward, owed - reward, fell | (np.abs(obs[:, 1]) > 1.2)
         diary.append((sim.state[0, 1:10].copy(), earned[0], targets[0]))
     return asked, earned, fell, diary
 
 
 def figure(rows, path):
-    """rows: (policy, asked (n,), got (n,)) -> a PNG of target against reached: episodes as dots, means as lines."""
+    """rows: (policy, asked, got), (targets, episodes) each -> a PNG of target against reached: episodes as dots, means as lines."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     fig, ax = plt.subplots(figsize=(6, 6), dpi=120)
-    top = 1.05 * max(asked.max() for _, asked, _ in rows)
-    ax.plot([0, top], [0, top], color="0.8", lw=4, zorder=0)
+    low, top = (1.05 * end([0, *(x for _, asked, _ in rows for x in asked.flat)]) for end in (min, max))
+    ax.plot([low, top], [low, top], color="0.8", lw=4, zorder=0)
     for name, asked, got in rows:
-        targets = np.unique(asked)
-        (line,) = ax.plot(targets, [got[asked == x].mean() for x in targets], lw=1.5, label=name)
-        ax.plot(asked, got, ".", color=line.get_color(), ms=3, alpha=0.35)
-    ax.set(xlabel="return asked for", ylabel="return reached", xlim=(0, top))
+        order = np.argsort(asked.mean(1))
+        (line,) = ax.plot(asked.mean(1)[order], got.mean(1)[order], lw=1.5, label=name)
+        ax.plot(asked.flatten(), got.flatten(), ".", color=line.get_color(), ms=3, alpha=0.35)
+    ax.set(xlabel="return asked for", ylabel="return reached", xlim=(low, top))
     ax.legend(frameon=False)
     ax.spines[["top", "right"]].set_visible(False)
     with common.whole_file(path) as part:
@@ -579,17 +577,19 @@ def main():
     for condition in dict.fromkeys([args.condition, *args.baseline]):
         model, seconds = train(args, condition, data, checkpoint(args, condition), device)
         asked, got, fell, diary = evaluate(model, np.repeat(args.targets, args.episodes), args, device)
+        asked, got, fell = (z.reshape(-1, args.episodes) for z in (asked, got, fell))
         error = abs(got - asked) / np.maximum(abs(asked), 1)
         rows.append((NAMES[condition], asked, got, fell, error, diary))
         print(f"\n{NAMES[condition]} ({sum(p.numel() for p in model.parameters()):,} parameters, {seconds:.0f} s of training)\n"
               " asked    reached            error    fell")
-        for x, g, e, f in zip(*(z.reshape(-1, args.episodes) for z in (asked, got, error, fell))):
+        for x, g, e, f in zip(asked, got, error, fell):
             print(f"{x.mean():6.0f}   {g.mean():7.1f} +- {g.std():6.1f}  {e.mean():7.2%}  {f.sum():3d}/{len(f)}")
     _, asked, got, fell, error, diary = rows[0]                         # the policy asked for, not its baselines
-    metrics = dict(asked=round(asked.mean(), 1), reached=round(got.mean(), 1), std=round(got.std(), 1))
+    tell = lambda x: x.round(1).tolist() if len(x) > 1 else x[0].round(1)
+    metrics = dict(asked=tell(asked.mean(1)), reached=tell(got.mean(1)), std=tell(got.std(1)), error_percent=round(100 * error.mean(), 2),
+                   episodes=got.size, fell=int(fell.sum()))
     if len(args.targets) > 1:
-        metrics = dict(targets=len(args.targets), figure=str(figure([row[:3] for row in rows], OUT / "dt_cheetah_targets.png")))
-    metrics.update(error_percent=round(100 * error.mean(), 2), episodes=len(got), fell=int(fell.sum()))
+        metrics["figure"] = str(figure([row[:3] for row in rows], OUT / "dt_cheetah_targets.png"))
     if args.video:
         film = common.draw_episode(Cheetahs.model, diary[:args.video_steps], args.renderer)
         metrics["video"] = str(common.write_video(OUT / f"dt_cheetah_{args.targets[0]:.0f}.mp4", film))

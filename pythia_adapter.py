@@ -13,7 +13,7 @@ After Small-LLM's adapter on Pythia-410M, which made 74.9 +- 108 of 1200. Differ
 3. small tokens (0.03), large random weights (0.06): with 1 and 0.02 the trunk adds too little, and 300 becomes 2735
 Not handled: other architectures than GPT-NeoX; dropout; targets above the ladder's top (5970).
 """
-import functools, hashlib, json, math, pathlib, re, subprocess, sys, time
+import contextlib, hashlib, json, math, pathlib, re, subprocess, sys, time
 
 import numpy as np
 import torch
@@ -24,8 +24,8 @@ from tqdm import tqdm
 import common
 from common import Cheetahs, sorry
 
-S_DIM, A_DIM, DT = 17, 6, 0.05          # HalfCheetah-v5: observation, action, seconds per step
-T_DATA, OUT, SAVE_EVERY = 1000, pathlib.Path("out"), 100    # T_DATA: its time limit, and the length of the timestep embedding
+S_DIM, A_DIM, T_DATA = 17, 6, 1000       # HalfCheetah-v5: observation, action, time limit in steps of 0.05 s
+OUT, SAVE_EVERY = pathlib.Path("out"), 100
 CLOCK = dict(rate=100, rtg=T_DATA - 1)  # a rate knows how much time is left: its clock stops, and every horizon looks alike
 # Pythia's sizes (Biderman et al. 2023, arXiv 2304.01373, table 1): layers, width, heads
 SHAPES = {"pythia-14m": (6, 128, 4), "pythia-31m": (6, 256, 8), "pythia-70m": (6, 512, 8), "pythia-160m": (12, 768, 12),
@@ -72,7 +72,8 @@ def get_args(argv=None):
         p.set_defaults(dataset="out/data/cheetah_ladder_1_0.05_0.6_0.3.hdf5", model="random:pythia-14m", steps=20, episodes=2,
                        max_steps=100, video_steps=40)
     args = p.parse_args(argv)
-    args.targets = args.targets or [args.target_rew]
+    four = args.compare and args.target_rew == p.get_default("target_rew")
+    args.targets = args.targets or ([300.0, 600.0, 1200.0, 2400.0] if four else [args.target_rew])
     return args
 
 # ---- the trunk: GPT-NeoX (Black et al. 2022, arXiv 2204.06745), which Pythia is ---------------------------------------------
@@ -89,9 +90,10 @@ class Config:
         self.theta = float(either.get("rope_theta") or either.get("rotary_emb_base") or 10_000)
         self.hs = self.n_embd // self.n_head
         self.rot = int(self.hs * (either.get("partial_rotary_factor") or either.get("rotary_pct") or 0.25))
-        kind = rope.get("rope_type") or (c.get("rope_scaling") or {}).get("type") or "default"
-        if c.get("hidden_act", "gelu") != "gelu" or kind != "default" or self.n_embd % self.n_head or self.rot % 2:
-            raise ValueError(f"{c.get('hidden_act')} is not gelu, rope {kind} not default, or {self.n_head} heads do not fit {self.n_embd}")
+        scaling = rope or c.get("rope_scaling") or {}
+        kind, act = scaling.get("rope_type") or scaling.get("type") or "default", c.get("hidden_act", "gelu")
+        if act != "gelu" or kind != "default" or self.n_embd % self.n_head or self.rot % 2:
+            raise ValueError(f"{act} (gelu is handled), rope {kind} (default is), {self.n_head} heads on {self.n_embd}, {self.rot} turning")
 
 
 class Block(nn.Module):
@@ -217,7 +219,7 @@ class Adapter(nn.Module):
         nn.init.constant_(self.ln_in.weight, token_std)
         self.register_buffer("mean", torch.zeros(S_DIM))            # of the data's states: a model knows its own scale
         self.register_buffer("std", torch.ones(S_DIM))
-        self.register_buffer("most", torch.tensor(torch.inf))       # the largest rate it was shown: of larger ones it knows nothing
+        self.register_buffer("most", torch.tensor(torch.inf))       # of rates larger than nearly all it was shown it knows nothing
 
     def forward(self, trunk, r, s, a, t, valid, last=False):
         """r (B, K): reward rates or returns-to-go; s (B, K, 17); a (B, K, 6); t (B, K): steps since the start; valid (B, K):
@@ -288,7 +290,9 @@ def train(args, data, file, device):
         return trunk, adapter, seconds, count
     d = data()
     r, obs, act = (torch.from_numpy(np.float32(x)).to(device) for x in (still_to_earn(d, args.condition), d.obs, d.act))
-    adapter.mean.copy_(obs.mean(0)), adapter.std.copy_(obs.std(0) + 1e-6), adapter.most.fill_(np.quantile(r.cpu(), 0.999))
+    adapter.mean.copy_(obs.mean(0)), adapter.std.copy_(obs.std(0) + 1e-6)
+    if args.condition == "rate":
+        adapter.most.fill_(np.quantile(r.cpu(), 0.999))
     scale = 1024.0 if dtype == torch.float16 else 1.0           # or small gradients become 0; AdamW does not mind a factor
     bar, began = tqdm(total=args.steps, initial=step, desc="training", unit="step", disable=None), time.time() - seconds
     while step < args.steps:
@@ -334,7 +338,7 @@ def evaluate(trunk, adapter, targets, args, device):
         r[:, -1] = torch.from_numpy(np.minimum(reward_rate(owed, H - step), adapter.most.item()) if args.condition == "rate" else owed)
         s[:, -1], t[:, -1], valid[:, -1] = torch.from_numpy(obs), min(step, CLOCK[args.condition]), True
         a[:, -1] = adapter(trunk, r, s, a, t, valid, last=True)[:, 0]
-        obs, reward = sim.step(a[:, -1].double().cpu().numpy())
+        obs, reward = sim.step(a[:, -1].cpu().double().numpy())
         earned, owed, fell = earned + reward, owed - reward, fell | (np.abs(obs[:, 1]) > 1.2)
         diary.append((sim.state[0, 1:10].copy(), earned[0], targets[0]))
     return earned, fell, diary
@@ -360,12 +364,13 @@ def figure(rows, path):
 # ---- the comparison: every policy in a process of its own, as its own command runs it ---------------------------------------
 
 def compare(args):
-    """Run the four scripts' commands at --targets, read the tables that they print, print one table and draw one figure."""
+    """Run the four commands at --targets, read the tables that they print, print one table and draw one figure."""
     began, rows, here = time.time(), [], pathlib.Path(__file__).resolve().parent
-    targets = args.targets if len(args.targets) > 1 else [300.0, 600.0, 1200.0, 2400.0]
+    targets, mine = args.targets, ["--model", args.model] if ":" in args.model else []
     real = "EleutherAI/pythia-70m" if ":" in args.model else args.model
-    flags = ["--episodes", args.episodes, "--seed", args.seed, "--no-video", *(["--smoke"] if args.smoke else []), "--targets", *targets]
-    for label, script, *more in (("DT, cloning", "dt_cheetah.py", "--baseline", "bc"), ("adapter, random", "pythia_adapter.py"),
+    flags = ["--episodes", args.episodes, "--max_steps", args.max_steps, "--seed", args.seed, "--no-video",
+             *(["--smoke"] if args.smoke else []), "--targets", *targets]
+    for label, script, *more in (("DT, cloning", "dt_cheetah.py", "--baseline", "bc"), ("adapter", "pythia_adapter.py", *mine),
                                  (f"adapter, {real}", "pythia_adapter.py", "--model", real), ("kNN", "rag_cheetah.py")):
         command = [sys.executable, str(here / script), *map(str, [*more, *flags])]
         print(f"running python {' '.join(command[1:])}", flush=True)
@@ -373,11 +378,13 @@ def compare(args):
         found = re.findall(r"\n(.+) \(([\d,]+) parameters, (\d+) s of training\)\n asked.*((?:\n *-?\d+ +-?[\d.]+ \+- .*)+)", text)
         rows += [(name, count, seconds, [[float(x) for x in re.findall(r"-?[\d.]+", line)[:3]] for line in table.split("\n")[1:]])
                  for name, count, seconds, table in found] or [(label, "", "", "could not be run here: its sentence stands above")]
-    rows.append(("kNN + LLM", "", "", "not run: it asks a paid endpoint at every step; python rag_cheetah.py --llm MODEL --targets ..."))
+    rows.append(("kNN + LLM", "", "", "not run: it asks a paid endpoint at every step; python rag_cheetah.py --llm MODEL --price_in $ --price_out $"))
     log = OUT / "results.jsonl"
-    for row in map(json.loads, log.read_text().splitlines() if log.exists() else []):
-        if row["script"] == "rag_cheetah.py" and row["flags"]["llm"] != "knn" and row["flags"]["targets"] == targets:
-            rows[-1] = (f"kNN + {row['flags']['llm']}", "0", "0", [x[:3] for x in row["metrics"]["table"]])
+    for line in log.read_text().splitlines() if log.exists() else []:
+        with contextlib.suppress(ValueError, KeyError, TypeError):          # torn by a kill, or an older script's
+            row, f = (x := json.loads(line)), x["flags"]
+            if row["script"] == "rag_cheetah.py" and f["llm"] != "knn" and (f["targets"], f["max_steps"]) == (targets, args.max_steps):
+                rows[-1] = (f"kNN + {f['llm']}", "0", "0", [x[:3] for x in row["metrics"]["table"]])
     print(f"\n{'return, mean +- std of episodes':34s}" + "".join(f"{x:>16.0f}" for x in targets) + "   parameters  seconds trained")
     for name, count, seconds, table in rows:
         print(f"{name:34s}" + (table if isinstance(table, str) else "".join(f"{f'{m:.0f} +- {s:.0f}':>16s}" for _, m, s in table)
@@ -394,15 +401,18 @@ def checkpoint(args):
     """The adapter's file is named after all that shaped it: other flags make another, the same flags find it again."""
     shape = {k: getattr(args, k) for k in ("dataset model dtype adapter token_std random_std tune_ln condition context steps batch_size lr "
                                            "warmup weight_decay grad_clip seed").split()}
-    return OUT / f"pythia_adapter_{hashlib.sha256(json.dumps(shape).encode()).hexdigest()[:8]}.pt"
+    ladder = pathlib.Path(__file__).with_name("data") / "cheetah_ladder.npz"        # new gaits make another adapter
+    gaits = ladder.read_bytes() if "cheetah_ladder" in args.dataset and ladder.exists() else b""
+    return OUT / f"pythia_adapter_{hashlib.sha256(json.dumps(shape).encode() + gaits).hexdigest()[:8]}.pt"
 
 
 def main():
     args, began, device = get_args(), time.time(), common.pick_device()
     if args.compare:
         return compare(args)
+    args.dtype = str(trunk_dtype(args, device, args.tune_ln or args.model.startswith("scratch:")))[6:]
     print(f"device {device}, {torch.get_num_threads()} threads")
-    data = functools.cache(lambda: common.read_episodes(common.find_ladder(args.dataset)))      # read once, if there is training to do
+    data = lambda: common.read_episodes(common.find_ladder(args.dataset))       # read only if there is training to do
     trunk, adapter, seconds, count = train(args, data, checkpoint(args), device)
     asked = np.repeat(args.targets, args.episodes)
     got, fell, diary = evaluate(trunk, adapter, asked, args, device)

@@ -22,7 +22,7 @@ from tqdm import tqdm
 import common
 from common import OPENAI, Cheetahs, Journal, post, read_key, sorry
 
-S_DIM, A_DIM, DT, T_DATA = 17, 6, 0.05, 1000       # HalfCheetah-v5: observation, action, seconds per step, time limit
+S_DIM, A_DIM, T_DATA = 17, 6, 1000       # HalfCheetah-v5: observation, action, time limit in steps of 0.05 s
 OUT, PAUSE = pathlib.Path("out"), 1.0      # PAUSE: seconds before a second try; then it doubles
 
 # ---- flags -----------------------------------------------------------------------------------------------------------------
@@ -231,7 +231,7 @@ class Controller:
         bound = ((100 + sum(len(m["content"].encode()) for m in prompt)) * args.price_in + args.max_tokens * args.price_out) / 1e6
         for tries in range(args.retries if key not in journal.replies else 0):
             with journal.lock:
-                if journal.spent + sum(journal.open.values()) + bound > args.max_cost:
+                if not args.max_cost or journal.spent + sum(journal.open.values()) + bound > args.max_cost:
                     raise GivenUp(f"--max_cost ${args.max_cost:g} does not cover the next request (${journal.spent:.4f} is spent)")
                 n = journal.asks
                 journal.write(ask=n, bound=bound)

@@ -340,7 +340,7 @@ class Teacher:
         args, book, (bound, body) = self.args, self.book, self.bound(job)
         for tries in range(args.retries):
             with book.lock:
-                if self.stop.is_set() or book.spent + sum(book.open.values()) + bound > args.max_cost:
+                if self.stop.is_set() or not args.max_cost or book.spent + sum(book.open.values()) + bound > args.max_cost:
                     self.unmade += 1
                     return
                 n = book.asks

@@ -326,6 +326,12 @@ def test_quotes_in_any_form(name, raw, want, tmp_path, capsys):
     assert ("1 duplicates" in capsys.readouterr().out) == (name == "a.txt")
 
 
+def test_a_utf_16_file_that_is_cut_within_a_letter_is_read(tmp_path):
+    text = "".join(f"number {i} of ten\n" for i in range(11)).encode("utf-16")
+    (tmp_path / "q.txt").write_bytes(text[:-3])
+    assert "number 9 of ten" in common.read_texts(str(tmp_path / "q.txt"))
+
+
 def test_the_quotes_that_ship():
     lines = (ROOT / FILES[0]).read_text(encoding="utf-8").splitlines()
     assert len(lines) >= 500 and all(re.fullmatch(r"\S.{13,}\S -- \S.*\S", x) for x in lines)

@@ -139,6 +139,25 @@ def test_whole_file_keeps_the_old_one_when_writing_fails(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a.pt"]
 
 
+def test_whole_file_leaves_a_living_run_its_part_and_clears_a_dead_ones(tmp_path):
+    import time
+    mine, dead = tmp_path / "a.part1.pt", tmp_path / "a.part2.pt"
+    for p in (mine, dead):
+        p.write_bytes(b"half")
+    os.utime(dead, (time.time() - 1000,) * 2)
+    with common.whole_file(tmp_path / "a.pt") as part:
+        part.write_bytes(b"whole")
+    assert mine.exists() and not dead.exists() and (tmp_path / "a.pt").read_bytes() == b"whole"
+
+
+def test_a_word_without_a_flag_gets_a_sentence(capsys):
+    for argv, says in ((["1200"], "a value stands where no flag asks for one"), (["--keey=secret", "--x"], "there is no flag --keey, --x")):
+        with pytest.raises(SystemExit):
+            common.Flags("doc").parse_args(argv)
+        err = capsys.readouterr().err
+        assert says in err and "secret" not in err
+
+
 def test_a_full_disk_is_a_sentence_and_loses_nothing(tmp_path, capsys):
     if not os.path.exists("/dev/full"):
         pytest.skip("no /dev/full here")

@@ -136,7 +136,7 @@ def test_the_fastest_comes_in_once_more_and_counts_only_if_it_got_faster(tmp_pat
     goal = round(1.015 * keep["returns"][0, 0] / 1000, 2)
     for steps, gaits in ((2, 1), (5, 2)):                           # after one lesson it is what it was; the third makes another of it
         (tmp_path / "out").mkdir(exist_ok=True)
-        np.savez("out/search.npz", **state)
+        np.savez(f"out/search_2_{steps}_8_16_1.npz", **state)
         dt.search(dt.get_args(["--search_steps", str(steps)]), tmp_path / "ladder.npz")
         assert len(common.load_arrays("ladder.npz")["W"]) == gaits and set(asked) == {(goal, None, True)}
     assert len(asked) == 3
@@ -278,6 +278,23 @@ def test_windows_end_everywhere():
     assert counts.min() > 250 and counts.max() < 420
 
 
+def test_first_last_step_does_not_pass_last():
+    ask = lambda text: dt.get_args(["--targets", text]).targets
+    assert ask("300:800:300") == [300, 600] and ask("100:300:100") == [100, 200, 300] and ask("0.1:0.3:0.1") == pytest.approx([0.1, 0.2, 0.3])
+    assert ask("7:7:5") == [7]
+
+
+def test_the_figure_shows_negative_targets_and_joins_means_by_target(tmp_path, monkeypatch):
+    import matplotlib.axes
+    drawn = []
+    monkeypatch.setattr(matplotlib.axes.Axes, "plot", lambda self, x, y, *a, _plot=matplotlib.axes.Axes.plot, **kw:
+                        (drawn.append((np.array(x), np.array(y))), _plot(self, x, y, *a, **kw))[1])
+    asked = np.array([[300.0, 310.0], [-200.0, -200.0]])             # under a schedule each episode ends up owing something else
+    dt.figure([("it", asked, asked + [[2.0, 4.0]])], tmp_path / "f.png")
+    (diagonal, _), (x, y), (dots, _) = drawn
+    assert diagonal[0] < -200 and diagonal[1] > 310 and x.tolist() == [-200, 305] and y.tolist() == [-197, 308] and len(dots) == 4
+
+
 class Spy:
     """Stands where a model stands, does nothing, and keeps what it was told is still to be earned."""
     def __init__(self, condition, most):
@@ -374,6 +391,36 @@ def test_another_ladder_is_another_data_set_and_an_older_one_is_made_anew(tmp_pa
     os.utime(tmp_path / "out/data/cheetah_ladder.hdf5", (old, old))
     assert common.find_ladder("half.npz").name == "half.npz"        # whatever is there, if it is not dt_cheetah.py's to make
     assert ask() == "cheetah_ladder.hdf5" and ask() is None
+
+
+def test_parts_of_an_older_ladder_are_collected_anew(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    z = common.load_arrays(LADDER)
+    np.savez("two.npz", **{k: v[[10, 20]] for k, v in z.items()})
+    ask = ["--ladder", "two.npz", "--ladder_episodes", "2"]
+    for age, kept in ((-50, False), (50, True)):
+        folder = tmp_path / "out/data/x.parts"
+        folder.mkdir(parents=True)
+        np.savez(folder / "0.npz", obs=np.full((1, 1001, 17), 7.0, np.float32), act=np.zeros((1, 1000, 6), np.float32), rew=np.zeros((1, 1000), np.float32))
+        when = (tmp_path / "two.npz").stat().st_mtime + age
+        os.utime(folder / "0.npz", (when, when))
+        dt.collect(dt.get_args(ask), tmp_path / "out/data/x.hdf5")
+        data = common.read_episodes(tmp_path / "out/data/x.hdf5")
+        assert ((data.obs == 7).all(1).any() == kept) and len(data.length) == (1 if kept else 4) and not folder.exists()
+
+
+def test_a_ladder_without_gaits_is_a_sentence(tmp_path, monkeypatch, capsys):
+    np.savez(tmp_path / "l.npz", x=np.zeros(3))
+    with pytest.raises(SystemExit) as e:
+        dt.collect(dt.get_args(["--ladder", str(tmp_path / "l.npz")]), tmp_path / "d.hdf5")
+    assert e.value.code == 2 and "l.npz cannot be read" in capsys.readouterr().err
+
+
+def test_minaris_file_is_the_newest(tmp_path):
+    for name in ("a.hdf5", "b.hdf5"):
+        common.write_episodes(tmp_path / name, *some_episodes())
+        assert (tmp_path / "main_data.hdf5").resolve().name == name
+        (tmp_path / name).unlink()
 
 
 def test_the_banner_tells_d4rls_score(tmp_path, capsys):
@@ -503,7 +550,7 @@ def test_smoke_alone_in_an_empty_folder(alone):
 
 
 @pytest.mark.parametrize("flags", [["--nonsense"], ["--steps", "many"], ["--target_rew", "fast"], ["--targets", "1:x:3"], ["--dataset", "no/such-v9"],
-                                   ["--target_schedule", "400"], ["--steps", "0"], ["--context", "0"], ["--n_head", "3"], ["--episodes", "-1"],
+                                   ["--target_schedule", "400"], ["--target_schedule", "1000:600"], ["--targets=-1e300"], ["--steps", "0"], ["--context", "0"], ["--n_head", "3"], ["--episodes", "-1"],
                                    ["--target_rew", "nan"], ["--targets", "5:1:0"]])
 def test_a_users_mistake_is_one_sentence(alone, flags):
     refused(alone("dt_cheetah.py", "--smoke", *flags, files=ALONE))
@@ -570,7 +617,7 @@ def test_killed_in_the_search_it_finds_the_same_gaits(alone, tmp_path_factory):
     cmd = [sys.executable, "dt_cheetah.py", "--smoke", "--search"]
     r = subprocess.run(cmd, cwd=whole, capture_output=True, text=True)
     assert r.returncode == 0, r.stderr
-    state = alone.folder / "out/search.npz"
+    state = alone.folder / "out/search_2_2_1_2_25.npz"
     killed(cmd, alone.folder, state.exists)
     size = state.stat().st_size
     killed(cmd, alone.folder, lambda: state.stat().st_size != size)

@@ -430,15 +430,20 @@ def test_the_comparison_says_what_each_command_printed_and_what_could_not_be_run
         commands.append([str(x) for x in command])
         return subprocess.CompletedProcess(command, 0, said.get(pathlib.Path(command[1]).name, ""))
     monkeypatch.setattr(pa.subprocess, "run", fake)
-    monkeypatch.setattr(sys, "argv", ["pythia_adapter.py", "--compare", "--targets", "300", "1200", "--seed", "3"])
+    monkeypatch.setattr(sys, "argv", ["pythia_adapter.py", "--compare", "--targets", "300", "1200", "--seed", "3", "--max_steps", "500"])
+    (tmp_path / "out").mkdir(exist_ok=True)
+    rag = lambda steps, mean: json.dumps(dict(script="rag_cheetah.py", flags=dict(llm="tiny", targets=[300.0, 1200.0], max_steps=steps),
+                                              metrics=dict(table=[[300.0, mean, 1.0, 0], [1200.0, mean, 2.0, 0]])))
+    (tmp_path / "out/results.jsonl").write_text("\n".join([rag(500, 7.0), rag(3, 8.0), '{"script": "rag_cheetah.py"}', '{"torn']) + "\n")
     common.run(pa.main)
     out = capsys.readouterr().out
     assert [pathlib.Path(c[1]).name for c in commands] == ["dt_cheetah.py", "pythia_adapter.py", "pythia_adapter.py", "rag_cheetah.py"]
     assert all(c[c.index("--seed") + 1] == "3" and c[c.index("--targets") + 1:] == ["300.0", "1200.0"] for c in commands)
+    assert all(c[c.index("--max_steps") + 1] == "500" for c in commands) and commands[1][2:4] == ["--model", "random:pythia-70m"]
     rows = {line[:34].strip(): line[34:].split() for line in out.splitlines() if line[:34].strip()}
     assert rows["DT, reward rate"] == "301 +- 1 -1200 +- 2 728,582 54".split()
     assert rows["behaviour cloning"] == "1700 +- 900 1650 +- 1000 727,302 51".split()
     assert rows["kNN"] == "299 +- 0 1194 +- 3 0 0".split()
-    assert out.split("result ")[0].count("could not be run here") == 2 and "not run: it asks a paid endpoint" in out
+    assert out.split("result ")[0].count("could not be run here") == 2 and rows["kNN + tiny"] == "7 +- 1 7 +- 2 0 0".split()     # not the torn, not the short one
     m = json.loads((tmp_path / "out/results.jsonl").read_text().splitlines()[-1])["metrics"]
-    assert m["policies"] == 3 and pathlib.Path(m["figure"]).read_bytes()[:4] == b"\x89PNG"
+    assert m["policies"] == 4 and pathlib.Path(m["figure"]).read_bytes()[:4] == b"\x89PNG"

@@ -29,14 +29,14 @@ def cheetah(targets=(600.0, 2400.0, 4800.0), begin=0, steps=140, every=2):
             qpos, earned, _ = diary[step]
             data.qpos[:] = qpos
             mujoco.mj_forward(dt.Cheetahs.model, data)
-            speed = (qpos[0] - diary[max(0, step - 20)][0][0]) / (dt.DT * max(1, min(step, 20)))
+            speed = (qpos[0] - diary[max(0, step - 20)][0][0]) / (0.05 * max(1, min(step, 20)))
             frames.append(view.frame(*common.cheetah_capsules(dt.Cheetahs.model, data), qpos[0], [f"asked for {target:.0f}", f"{speed:.1f} m/s"]))
         panels.append(frames)
     gap = np.full((192, 8, 3), 255, np.uint8)
     movie = [np.concatenate([p[0], gap, p[1], gap, p[2]], 1) for p in zip(*panels)]
     palette = Image.fromarray(np.concatenate(movie[::10])).quantize(96, dither=Image.Dither.NONE)
     pictures = [Image.fromarray(m).quantize(palette=palette, dither=Image.Dither.NONE) for m in movie]
-    pictures[0].save(ROOT / "assets/cheetah.gif", save_all=True, append_images=pictures[1:], duration=int(1000 * dt.DT * every), loop=0, optimize=True)
+    pictures[0].save(ROOT / "assets/cheetah.gif", save_all=True, append_images=pictures[1:], duration=int(50 * every), loop=0, optimize=True)
     return movie
 
 

@@ -8,7 +8,7 @@ mazes of the full size (18-26 x 32-86), with quotes never trained on, 99.3, 99.9
 Source: Shimmin's Bouncing LLaMa (an 8B Llama, LoRA, 40 minutes on a 4090: direction ignored, letters jumbled). Differs from it in:
 1. a token's position is WHERE THE PEN IS: rotary over (row, column, time); tests/bench/compare_bounce.py has the alternatives
 2. the answer is the path, a move and a letter per step, each knowing the one before; the grid is drawn by code, or by the model
-3. 0.7 million parameters from scratch, small dense mazes first, the seed's sizes after
+3. 0.7 million parameters from scratch, small dense mazes first, Shimmin's sizes after
 Not handled: characters outside printable ASCII; fields with holes in their rim; more than one ball at a time.
 """
 import collections, hashlib, json, math, os, pathlib, re, sys, time
@@ -39,7 +39,7 @@ SHIFT = np.concatenate([(STEP[:, None] * np.array([(1, 1), (1, 0), (0, 1), (0, 0
 
 def get_args(argv=None):
     p = common.Flags(__doc__)
-    # the game: the seed's sizes
+    # the game: Shimmin's sizes
     p.flag("quotes", str(pathlib.Path(__file__).resolve().parent / "data" / "quotes.txt"), "texts: lines, .csv, .json; a tenth is held out")
     p.flag("height", [18, 26], "smallest and largest height of a maze", nargs=2, type=int, low=8, high=1000)
     p.flag("width", [32, 86], "smallest and largest width", nargs=2, type=int, low=8, high=1000)
@@ -69,8 +69,8 @@ def get_args(argv=None):
     p.flag("text", "Here is my handle, here is my spout.", "what to write into it")
     p.flag("direction", "SE", "where its ball starts to", choices=list(DIRECTIONS))
     p.flag("video", True, "write an mp4 and a PNG of a held-out game")
-    # other models: the seed's text format, as JSON lines for lora_llama.py
-    p.flag("export", None, "write the seed's prompts and answers here, held-out ones beside it, and end", metavar="FILE.jsonl")
+    # other models: Shimmin's text format, as JSON lines for lora_llama.py
+    p.flag("export", None, "write Shimmin's prompts and answers here, held-out ones beside it, and end", metavar="FILE.jsonl")
     p.flag("export_games", [10000, 1000], "how many to train on and to hold out; no maze is on both sides", nargs=2, type=int)
     p.flag("score", None, "measure the completions that any model gave to such prompts, and end", metavar="FILE.jsonl")
     p.flag("smoke", False, "the same path with tiny numbers, under a minute")
@@ -87,7 +87,7 @@ def get_args(argv=None):
 
 def maze(rng, H, W, bars):
     """A field (H, W) of flags, uint8: its rim, and Poisson(bars) bars of each orientation, from 2 to 3/4 of the side long, no two of
-    one orientation side by side; a bar that finds no room in 5 tries is left out. The seed's generator."""
+    one orientation side by side; a bar that finds no room in 5 tries is left out. Shimmin's generator."""
     field = np.zeros((H, W), np.uint8)
     field[[0, -1]] |= 2
     field[:, [0, -1]] |= 1
@@ -162,7 +162,7 @@ def drawn(field, R, C, text):
             grid[r, c] = x
     return grid
 
-# ---- quotes, and the seed's text format ------------------------------------------------------------------------------------
+# ---- quotes, and Shimmin's text format -------------------------------------------------------------------------------------
 
 def split_quotes(quotes):
     """-> (train, held out): every tenth by length is never trained on."""
@@ -188,7 +188,7 @@ def one_game(lines, direction, text):
 
 
 def example(g):
-    """A single game in the seed's text format; the answer is the grid with the text written along the path."""
+    """A single game in Shimmin's text format; the answer is the grid with the text written along the path."""
     field, R, C, text = g["fields"][0], g["R"][0, 0], g["C"][0, 0], g["texts"][0]
     start, end = ("```\n" + "\n".join(map("".join, SIGN[drawn(field, *x)])) + "\n```" for x in ((R[:1], C[:1], "*"), (R, C, text)))
     return dict(prompt="A ball starts at the * and moves diagonally through the playing field, one cell per step. Walls reflect it. Each "
@@ -199,7 +199,7 @@ def example(g):
 
 def export(args, quotes):
     """JSON lines {"prompt", "answer"} to train on, and of other mazes and quotes in <name>_heldout.jsonl. quotes: of both sides."""
-    path = pathlib.Path(args.export)
+    path = pathlib.Path(args.export) if pathlib.Path(args.export).name else sorry(f"--export {args.export}: takes a file's name")
     for side, name in enumerate((path, path.with_name(f"{path.stem}_heldout{path.suffix}"))):
         with common.whole_file(name) as part, open(part, "w") as f:
             for i in tqdm(range(args.export_games[side]), desc=name.name, unit="game", disable=None):
@@ -232,7 +232,7 @@ def score(path):
         rates["walls"].append(same[field > 0].all())
         if letter.any():
             rates["letters"].append(same[letter].mean())
-        if want[R[1], C[1]] == text[1:2]:           # unless overwritten later: is the second letter where the direction says?
+        if want[R[1], C[1]] == text[1:2].strip():   # unless a space, or overwritten later: is the second letter where the direction says?
             rates["direction"].append(same[R[1], C[1]])
     exact = rates.pop("exact_grid", [])             # of all completions; the other rates are of those that could be compared
     return dict(completions=len(lines), compared=len(exact), wrong=dict(wrong), exact_grid=sum(exact) / len(lines),
@@ -453,7 +453,7 @@ def evaluate(model, args, quotes, device, games, **change):
             n, k = len(truth), min(len(truth), len(text))
             there, right = np.zeros((2, n), bool)           # where the path ended too early neither is right
             there[:k] = (R[:k] == wr[:k]) & (C[:k] == wc[:k])
-            right[:k] = there[:k] & [a == b for a, b in zip(text, truth)]
+            right[:k] = there[:k] & np.array([a == b for a, b in zip(text, truth)], bool)
             for name, x in dict(exact_path=exact[m, i], exact_grid=same.all(), direction=there[1], walls=same[field > 0].all()).items():
                 tally[name].append(x)
             tally["letters"].extend(right)
@@ -543,7 +543,7 @@ def train(args, quotes, file, device, kind=Bouncer):
 # ---- main ------------------------------------------------------------------------------------------------------------------
 
 def checkpoint(args, quotes):
-    """A model's file is named after all that shaped it: other flags make another model, the same flags find it again."""
+    """A model's file is named after all that shaped it but torchrun's number of processes: the same flags find it again."""
     shape = {k: getattr(args, k) for k in ("height width bars draw n_layer n_head n_embd steps small mazes balls lr warmup weight_decay "
                                            "grad_clip noise_texts decoys dtype seed").split()}
     return OUT / f"bounce_{hashlib.sha256(json.dumps([shape, quotes]).encode()).hexdigest()[:8]}.pt"
@@ -552,7 +552,7 @@ def checkpoint(args, quotes):
 def main():
     args, began, device = get_args(), time.time(), common.pick_device()
     if args.score:
-        return common.log_result("bounce.py", args, time.time() - began, score(args.score))
+        return common.log_result("bounce.py", args, metrics=score(args.score), seconds=time.time() - began)
     quotes, unseen = split_quotes(common.read_texts(args.quotes))
     if args.export:
         return export(args, (quotes, unseen))
@@ -561,7 +561,7 @@ def main():
         with common.reading(args.field):
             g = one_game(pathlib.Path(args.field).read_text(encoding="utf-8").strip("\n").split("\n"), args.direction, args.text)
     args.dtype = common.fast_dtype(device) if args.dtype == "auto" else args.dtype
-    if "RANK" in os.environ:
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         dist.init_process_group("nccl" if device == "cuda" else "gloo")
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"])) if device == "cuda" else None
     print(f"device {device}, {torch.get_num_threads()} threads, {args.dtype}; {len(quotes)} quotes to train on, {len(unseen)} held out")

@@ -1,7 +1,7 @@
 """lora_llama.py: any Llama by hand, in 16 or 4 bits, taught to answer with LoRA, in one file.
 
     python lora_llama.py
-        makes a byte-level Llama of 1M parameters from data/texts, loads it in 4 bits, tunes it on data/qa.jsonl; no network
+        makes a byte-level Llama of 0.9M parameters from data/texts, loads it in 4 bits, tunes it on data/qa.jsonl; no network
     python lora_llama.py --model meta-llama/Llama-2-7b-hf --load_4bit --data my.jsonl
         the same path on the real thing; Llama 3.x, TinyLlama and SmolLM2 go the same way
 
@@ -586,8 +586,8 @@ def save_merged(model, source, folder, into):
     into "4bit", the dequantized NF4 weights: this is the model that was trained and evaluated here;
     into "16", the stored weights: what others compute who load the 16-bit model and the adapter; NF4's error goes out."""
     inner, found, dtype = {f"{n}.weight": m for n, m in linears(model).items()}, find_tensors(source), model.model.norm.weight.dtype
-    if into == "16" and any(n.endswith(STATE) for n in found):
-        sorry(f"--merge 16: {source} holds no 16-bit weights; --merge 4bit merges into what it holds")
+    if any(n.endswith(STATE) for n in found) if into == "16" else not any(m.q for m in inner.values()):
+        sorry(f"--merge {into}: {source} " + ("holds no 16-bit weights" if into == "16" else "was not loaded in 4 bits") + "; take the other")
     def tensor_of(name):
         m = inner.get(name)
         w = dequantize_nf4(m.q, torch.float32) if m and m.q and into == "4bit" else found[name].tensor()
@@ -683,8 +683,8 @@ def train(model, packed, epochs, lr, batch_size, path, args, name):
     warm = max(1, round(0.03 * steps))
     opt = torch.optim.AdamW(params.values(), lr=lr, betas=(0.9, 0.95), weight_decay=0.1)       # the last two as in Llama 2
     model.train()
-    shaped_by = "model adapter load_4bit double_quant dtype seed lora_r lora_alpha lora_dropout rslora micro_batch".split()
-    run = repr([steps, lr, batch_size, [vars(args)[k] for k in shaped_by], [*params], hashlib.sha256(repr(packed).encode()).hexdigest()])
+    keys = "model adapter load_4bit double_quant dtype seed lora_r lora_alpha lora_dropout rslora micro_batch".split() * (name != "pretrain")
+    run = repr([steps, lr, batch_size, [vars(args)[k] for k in keys], [*params], hashlib.sha256(repr(packed).encode()).hexdigest()])
     if saved := common.resume(path, opt=opt):
         saved["run"] == run or sorry(f"{path} is from a run with other flags or data; remove it, or choose another --out")
         start, loss = saved["step"], saved["loss"]
@@ -787,12 +787,12 @@ def main():
     if RANK == 0:
         if args.epochs > 0:
             save_adapter(model, out, args, folder)
-            (out / "train.pt").unlink()         # the adapter is whole: the next run starts anew
         if asked:
             text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in complete(model, asked, tok, args))
             with common.whole_file(out / "completions.jsonl") as part:
-                part.write_text(text, "utf-8")
+                part.write_text(text, "utf-8", "replace")
         args.merge == "off" or save_merged(model, folder, out / f"merged-{args.merge}", args.merge)
+        args.epochs > 0 and (out / "train.pt").unlink()         # all is written: the next run starts anew
         print(f"written to {out}: {', '.join(sorted(p.name for p in out.iterdir()))}" if out.exists() else "nothing written")
         common.log_result("lora_llama.py", args, time.time() - tic, metrics)
 

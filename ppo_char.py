@@ -7,7 +7,7 @@ Measured: one core of an AMD EPYC, others' work beside it, torch 2.13; seeds 0-4
 distinct samples. Of {PPO, GRPO, RLOO, rejection sampling} x 4 rewards x 5 seeds, 80 of 80 runs reach 0.9.
 Papers: PPO (Schulman et al. 2017, arXiv 1707.06347), GAE (1506.02438), GRPO (2402.03300), Dr. GRPO (2503.20783), RLOO (2402.14740),
 Llama 2 (2307.09288, section 3). Differs from them in:
-1. KL to the frozen start is a loss (k3, as GRPO's) for every algorithm, or with --kl_in reward part of every algorithm's reward
+1. KL to the frozen start is a loss (k3, as GRPO's) or, with --kl_in reward, part of the reward; rejection sampling has no KL term
 2. no mini-batches: each gradient step sees all completions of its round; RLOO takes PPO's clipped ratio, token by token
 3. rejection sampling trains on the best 64 winners of all rounds, sampled with noise; rlhf's judge is a program, its model 0.1M parameters
 Not handled: prompts longer than --prompt_len tokens (their end is kept); rewards that look at the prompt, but for the learned one.
@@ -42,7 +42,7 @@ def get_args(argv=None):
     p.flag("corpus", [f"{DATA}/{x}.txt" for x in ("quotes", "patterns")], "UTF-8, an example a line; rlhf's prompts: the first", nargs="+")
     p.flag("vocab_size", 256, "all characters of the corpus, then its most frequent words, up to this many tokens")
     p.flag("prompt_len", 8, "longest prompt in tokens")
-    p.flag("max_new", 24, "longest completion in tokens")
+    p.flag("max_new", 24, "longest completion in tokens", low=2)
     # model
     p.flag("n_layer", 2, "transformer blocks")
     p.flag("n_head", 4, "attention heads")
@@ -165,7 +165,7 @@ class Block(nn.Module):
     def forward(self, x, mask, turn, cache):
         """x (B, T, C); mask (B, 1, T, S): what may be seen; turn: rotary's (cos, sin) or None; cache: None or a dict to keep k, v in."""
         B, T, C = x.shape
-        q, k, v = self.qkv(self.ln_1(x)).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)     # (B, nh, T, hs) each
+        q, k, v = self.qkv(self.ln_1(x)).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)     # (B, nh, T, hs) each
         q, k = (rotate(q, *turn), rotate(k, *turn)) if turn else (q, k)
         if cache is not None:
             if cache:
@@ -288,7 +288,7 @@ def rollout(model, prompts, left, R, temperature=1.0, epsilon=0.0):
     for _ in range(0, R, N):
         logp = policy_logp(model.predict(model(new, left, cache)[:, -1:])[:, 0], temperature, epsilon)     # (B, N, V)
         up_to = logp.exp().cumsum(2)                # draw by inverting the distribution: much faster here than torch.multinomial
-        new = (up_to < torch.rand_like(up_to[:, :, :1]) * up_to[:, :, -1:]).sum(2)                          # (B, N)
+        new = (up_to < torch.rand_like(up_to[:, :, :1]).clamp(min=1e-9) * up_to[:, :, -1:]).sum(2)          # (B, N); a 0 would draw PAD
         drawn.append((new, logp.gather(2, new[:, :, None])[:, :, 0]))
     tokens, logps = (torch.cat(x, 1)[:, :R] for x in zip(*drawn))
     mask = completion_mask(tokens)
@@ -515,7 +515,7 @@ def rate(model, ids, left, R):
 def learn_reward(policy, start, corpus, pairs, args, v):
     """Ask the judge about the policy, add its answers to pairs, train a copy of start to rank them all, one epoch. -> the reward,
     all pairs, and its accuracy on 256 new pairs per strength, the clearest first (nan: no such pair)."""
-    torch.manual_seed(v)
+    torch.manual_seed(1_000_003 * args.seed + v)
     R, rng, model = args.max_new, np.random.default_rng((args.seed, 2, v)), copy.deepcopy(start).requires_grad_(True)
     new, held = ask_judge(policy, corpus, args.pairs, args, rng), ask_judge(policy, corpus, 256, args, rng)
     pairs = [torch.cat(x) for x in zip(pairs, new)] if pairs else new
@@ -540,7 +540,7 @@ def rlhf(policy, corpus, args, file):
         ids = torch.cat([prompts, pad(rests, R, "right").to(args.device)], 1)
         descend(average(-replay(policy, ids, left, R)[0], completion_mask(ids[:, -R:]), "ppo"), optimizer, f"line {at} of SFT")
     start, pool, pairs, versions = copy.deepcopy(policy).requires_grad_(False), {}, None, {}
-    args.iterations = math.ceil(args.iterations / 5)
+    args = type(args)(**dict(vars(args), iterations=math.ceil(args.iterations / 5)))        # a copy: the log shows what was asked
     for v in range(6):
         reward, pairs, accuracy = learn_reward(policy, start, corpus, pairs, args, v)
         job = policy, start, reward, corpus.quotes, args

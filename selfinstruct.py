@@ -70,10 +70,11 @@ def get_args(argv=None):
     if "--smoke" in (sys.argv if argv is None else argv):
         p.set_defaults(passes=2)
     args = p.parse_args(argv)
-    if args.chunks_max < args.chunks_min or args.context < args.max_tokens + 2000:
-        p.error("--chunks_max is at least --chunks_min, and --context --max_tokens and 2,000 more for the prompt")
+    bounds = args.question_words, args.answer_words, (args.chunks_min, args.chunks_max)
+    if any(low > high for low, high in bounds) or args.context < args.max_tokens + 2000:
+        p.error("of two bounds the smaller comes first, and --context is --max_tokens and 2,000 more for the prompt")
     override = [re.fullmatch(r"(.+)=(\d+\.?\d*),(\d+\.?\d*),([1-9]\d*),([1-9]\d*)", text) for text in args.chunks_for]
-    if not all(override):
+    if not all(m and int(m[4]) <= int(m[5]) for m in override):
         p.error("argument --chunks_for: takes NAME=mean,sd,min,max, as in fox=45,3,35,50")
     args.chunks_for = {m[1].lower(): (float(m[2]), float(m[3]), int(m[4]), int(m[5])) for m in override}
     if args.teacher == "cloze":
@@ -225,7 +226,8 @@ def read_urls(args):
                 notes += [(url, "repaired: " + o) for o in odd]
                 with common.whole_file(cached) as part:
                     part.write_text(text, encoding="utf-8")
-            guides.append((name or url.rstrip("/").rsplit("/", 1)[-1].split(".")[0], url, cached.read_text(encoding="utf-8")))
+            name = name or urllib.parse.unquote(pathlib.PurePath(url).stem).replace("_", " ")
+            guides.append((name, url, cached.read_text(encoding="utf-8")))
         except ValueError as e:
             notes.append((url, f"left out: {e}"))
     return guides, notes
@@ -288,7 +290,7 @@ def cloze(job):
     rng, pairs, name = np.random.default_rng(int(job["key"], 16)), [], name_pattern(job["name"])
     for line in re.split(r"(?<=[.!?])\s+|(?<=[。！？])|\n\s*\n|\n(?=[-*#] )", job["chunk"]):
         line = " ".join(line.split()).lstrip("-* ")
-        words = [w for w in re.findall(rf"[^\W_{CJK}][\w'’-]{{2,}}", line) if not name.search(w) and w.lower() not in STOP]
+        words = [w for w in re.findall(rf"(?<!\w)[^\W_{CJK}][\w'’-]{{2,}}", line) if not name.search(w) and w.lower() not in STOP]
         if line.startswith("#") or not 5 <= len(tokens(line)) <= 45:
             continue
         if name.search(line) and (rng.random() < 0.6 or not words):
@@ -412,7 +414,7 @@ def blocks(text, most=1500):
 
 def hold_out(texts, share, seed):
     """The paragraphs to keep apart, a set: of every guide those with the lowest hashes, one at least, up to about `share` of it. A text
-    that stands in two guides is on one side in both; one of each guide is left to train on."""
+    that stands in two guides is on one side in both; no guide's own share takes its last one."""
     held = set()
     for text in texts:
         parts, size = {b.strip() for b in blocks(text)}, 0
@@ -498,7 +500,7 @@ def unfit(row, names, args):
     for field, text, (low, high) in (("question", row["q"], args.question_words), ("answer", row["a"], args.answer_words)):
         if not low <= len(tokens(text)) <= high or len(text) > 20 * high:
             return f"{field} too short or long"
-    if any(word.lower() in both.lower() for word in args.blacklist):
+    if any(name_pattern(word).search(both) for word in args.blacklist):
         return "blacklist"
     return None if any(name.search(both) for name in names) else "names no character"
 

@@ -350,6 +350,23 @@ def scored(rows, tmp_path):
     return b.score(str(tmp_path / "c.jsonl"))
 
 
+def test_a_space_says_nothing_of_the_direction(tmp_path):
+    g = b.one_game(FIELD, "SE", "A cat")
+    row = b.example(g)
+    blank = "```\n" + row["prompt"].split("```\n")[1].replace("*", " ") + "```"
+    r = scored([dict(row, completion=blank)], tmp_path)
+    assert r["compared"] == 1 and "direction" not in r
+
+
+def test_an_answer_that_ends_at_once_is_counted_wrong(monkeypatch):
+    args = b.get_args(["--smoke"])
+    args.dtype, model = "float32", b.Bouncer(args.n_layer, args.n_head, args.n_embd).eval()
+    quotes = ["a thing or two", "what is it now"] * 6
+    monkeypatch.setattr(b, "generate", lambda model, g, *more, real=b.generate: (np.full_like(real(model, g, *more)[0], b.END), None))
+    rates = b.evaluate(model, args, quotes, "cpu", 3)
+    assert rates["exact_path"] == rates["letters"] == rates["direction"] == 0
+
+
 def test_scores(tmp_path):
     good = completions()
     assert scored(good, tmp_path) == dict(completions=12, compared=12, wrong={}, exact_grid=1.0, letters=1.0, direction=1.0, walls=1.0)

@@ -480,6 +480,14 @@ def test_merged_is_unmerged(theirs, tmp_path, into):
             assert (ours(tmp_path / "m16")(ids) - model(ids)).abs().max() > 0.01
 
 
+def test_a_merge_into_weights_that_are_not_there_is_refused(theirs, tmp_path, capsys):
+    model = ours(theirs["llama2"][1])
+    L.add_lora(model, args_of("--lora_r", 4))
+    with pytest.raises(SystemExit):
+        L.save_merged(model, theirs["llama2"][1], tmp_path / "m", "4bit")
+    assert "was not loaded in 4 bits" in capsys.readouterr().err and not (tmp_path / "m").exists()
+
+
 def test_adapters_that_are_not_handled_are_refused_by_name(theirs, tmp_path):
     model = ours(theirs["llama2"][1])
     L.add_lora(model, args_of("--lora_r", 4))

@@ -521,7 +521,7 @@ def faulty(capsys, monkeypatch, tmp_path, *flags):
     return lines[0]
 
 
-@pytest.mark.parametrize("flags", [["--algo", "dpo"], ["--steps", "0"], ["--clip", "nan"], ["--group", "1"], ["--n_head", "3"], ["--temperature", "0"],
+@pytest.mark.parametrize("flags", [["--algo", "dpo"], ["--steps", "0"], ["--clip", "nan"], ["--max_new", "1"], ["--group", "1"], ["--n_head", "3"], ["--temperature", "0"],
                                    ["--epsilon", "1.5"], ["--kl", "-1"], ["--vocab_size", "9"], ["--nonsense"], ["--seed", "-1"], ["--pattern", "\u2603"],
                                    ["--pattern", ""], ["--letters", "", "--reward", "letters"]])
 def test_a_users_mistake_is_one_sentence(capsys, monkeypatch, tmp_path, flags):

@@ -259,6 +259,8 @@ BROKEN = {
     "more layers": lambda f: rewrite(f, num_hidden_layers=9),
     "three heads": lambda f: rewrite(f, num_attention_heads=3),
     "relu": lambda f: rewrite(f, hidden_act="relu"),
+    "odd rope": lambda f: rewrite(f, rope_parameters=dict(rope_theta=500.0, partial_rotary_factor=0.2, rope_type="default")),
+    "linear rope, newly named": lambda f: rewrite(f, rope_scaling=dict(rope_type="linear", factor=2.0), rope_parameters=None),
     "stretched rope": lambda f: rewrite(f, rope_scaling=dict(type="linear", factor=2.0), rope_parameters=None),
     "cut off": lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-1000]),
     "cut in the header": lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:100]),

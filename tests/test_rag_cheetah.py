@@ -297,7 +297,9 @@ def test_no_request_beyond_max_cost(serve, go, capsys):
     assert 0 < spent <= 0.02
     with pytest.raises(SystemExit):
         go(server, "--episodes", 1, "--max_steps", 50, "--max_cost", 0)
-    assert len(server.bodies) * 0.00108 == spent                            # 0 only shows the plan
+    with pytest.raises(SystemExit):
+        go(server, "--episodes", 1, "--max_steps", 51, "--max_cost", 0, "--price_in", 0, "--price_out", 0)
+    assert len(server.bodies) * 0.00108 == spent                            # 0 only shows the plan, of a server that is free, too
 
 # ---- the command -------------------------------------------------------------------------------------------------------------------
 

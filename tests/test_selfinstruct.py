@@ -297,6 +297,30 @@ def test_each_filter_drops_its_row_and_every_row_is_counted():
     assert [j["kind"] for j in teacher.asked] == ["rewrite"] * 2 + ["vet"] * 4, "a paid filter saw a row that a free one drops"
 
 
+def test_the_blacklist_means_words():
+    words = [si.name_pattern(word) for word in arguments().blacklist]
+    hit = lambda text: any(w.search(text) for w in words)
+    assert hit("The pictures show it.") and hit("see https://x.y") and hit("I\u2019m sorry, no.") == hit("I'm sorry, no.")
+    assert not hit("What has an aim for the rook?") and not hit("a pilgrimage of the rook")
+
+
+def test_a_name_from_an_address_reads_as_one_from_a_file(tmp_path, monkeypatch):
+    import hashlib
+    for url, name in (("https://a.org/wiki/Queen%27s_Gambit", "Queen's Gambit"), ("https://a.org/fox.html", "fox"), ("https://a.org/x/fox/", "fox")):
+        kept = tmp_path / "pages" / (hashlib.sha256(os.fsencode(url)).hexdigest()[:16] + ".txt")
+        kept.parent.mkdir(exist_ok=True)
+        kept.write_text("text")
+        (guide,), _ = si.read_urls(arguments("--urls", url, "--out", tmp_path))
+        assert guide == (name, url, "text")
+
+
+def test_cloze_leaves_no_question_without_a_blank():
+    text = "The rook likes an _undefended_ file and a __half open__ one very much. " * 3
+    for key in range(30):
+        reply = si.cloze(dict(kind="pairs", key=f"{key:x}", name="rook", what="piece", chunk=text, size=5, variant=key % 5))
+        assert reply.count("___") == reply.count("Q:") or "Q:" not in reply, reply
+
+
 def test_names_with_apostrophes_and_in_other_scripts():
     assert si.name_pattern("Bo'Rai").search("why does Bo\u2019Rai\u2019s shield break") and not si.name_pattern("king").search("taking")
     assert si.name_pattern("O\u2019Neill").search("ask O'Neill") and si.name_pattern("king").search("two Kings")
@@ -486,8 +510,9 @@ def test_max_cost_is_never_passed_even_by_requests_under_way(tmp_path, serve, on
     teacher, jobs = in_process(server, one_guide, tmp_path, max_cost=2.0, **more)
     assert teacher.ask(jobs, "pairs").count(("", "")) < replies.count(("", "")) and 1.3 < teacher.book.spent <= 2.0
     asked = len(server.bodies)
-    free, jobs = in_process(server, one_guide, tmp_path / "plan", max_cost=0, **more)
-    assert free.ask(jobs, "pairs") == [("", "")] * len(jobs) and len(server.bodies) == asked
+    for name, price in (("plan", {}), ("free", dict(price_in=0, price_out=0))):
+        free, jobs = in_process(server, one_guide, tmp_path / name, **{**more, **price, "max_cost": 0})
+        assert free.ask(jobs, "pairs") == [("", "")] * len(jobs) and len(server.bodies) == asked
 
 
 def test_retry_after_is_obeyed_and_a_dead_teacher_ends_in_a_sentence(tmp_path, serve, one_guide, capsys, monkeypatch):
@@ -652,7 +677,7 @@ def test_alone_in_an_empty_folder(tmp_path):
 
 
 @pytest.mark.parametrize("flags", ["--passes 0", "--rouge nan", "--max_cost nan", "--max_cost -1", "--chunks_min 9 --chunks_max 3", "--heldout 1",
-                                   "--context 100", "--chunks_for fox=1,2", "--chunks_for fox=nan,1,1,2", "--chunks_for fox=3,1,0,2", "--chunks_for fox=1.2.3,1,1,2", "--teacher gpt", "--parallel x",
+                                   "--context 100", "--chunks_for fox=1,2", "--chunks_for fox=nan,1,1,2", "--chunks_for fox=3,1,0,2", "--chunks_for fox=1.2.3,1,1,2", "--chunks_for fox=45,3,50,35", "--question_words 10 3", "--teacher gpt", "--parallel x",
                                    "--teacher gpt --price_in 1", "--teacher gpt --price_in -1 --price_out 1", "--unknown", "--pass 3",
                                    "--api_base http://u:p@h/v1"])
 def test_wrong_flags_end_in_a_sentence(flags, capsys):

@@ -82,8 +82,12 @@ def whole_file(path):
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.stem}.part{os.getpid()}{path.suffix}")   # the suffix stays: writers go by it
     for old in path.parent.glob(f"{glob.escape(path.stem)}.part*{path.suffix}"):
-        if time.time() - old.stat().st_mtime > 600:     # of a run that was killed while it wrote, not of one beside us
-            old.unlink(missing_ok=True)
+        try:
+            os.name == "nt" or os.kill(int(old.stem.rsplit(".part", 1)[1]), 0)      # signal 0 only asks: does its writer live?
+        except (ProcessLookupError, ValueError, OverflowError):
+            old.unlink(missing_ok=True)                 # it was killed while it wrote
+        except PermissionError:
+            pass                                        # it lives, as another user's
     try:
         yield part
         with open(part, "rb+") as f:

@@ -140,14 +140,15 @@ def test_whole_file_keeps_the_old_one_when_writing_fails(tmp_path):
 
 
 def test_whole_file_leaves_a_living_run_its_part_and_clears_a_dead_ones(tmp_path):
-    import time
-    mine, dead = tmp_path / "a.part1.pt", tmp_path / "a.part2.pt"
-    for p in (mine, dead):
+    import subprocess, sys
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    mine, dead, odd = (tmp_path / f"a.part{pid}.pt" for pid in (os.getppid(), gone.pid, "x"))
+    for p in (mine, dead, odd):
         p.write_bytes(b"half")
-    os.utime(dead, (time.time() - 1000,) * 2)
     with common.whole_file(tmp_path / "a.pt") as part:
         part.write_bytes(b"whole")
-    assert mine.exists() and not dead.exists() and (tmp_path / "a.pt").read_bytes() == b"whole"
+    assert mine.exists() and not dead.exists() and not odd.exists() and (tmp_path / "a.pt").read_bytes() == b"whole"
 
 
 def test_a_word_without_a_flag_gets_a_sentence(capsys):

@@ -175,10 +175,10 @@ def gait_near(W, b, speed, running, hard, args, rng, whole=False):
     second (20 steps); a fall costs 2. With running (m, 19), states of other gaits, half the episodes start there, all actions noisy:
     what survives that can be switched to. hard: the others start rough, and the torso is shoved: what survives that comes back.
     whole: a single step, of whole episodes, whose returns tell of the stumble that comes late."""
-    noise, each, small = 0.0 if running is None else 0.05, 4, dict(n_dir=32, top=32, step=0.012, nu=0.01)
+    noise, each = 0.0 if running is None else 0.05, 4
     T, span, most, iters, how = 300, 20, np.inf, args.search_iters, dict(n_dir=24, top=8, step=0.015, nu=0.02)
     if whole:                                       # a miss counts 0.4 at most: no fall may outweigh what all the others say
-        T, span, most, iters, how = T_DATA, T_DATA, 0.4, 1, small
+        T, span, most, iters, how = T_DATA, T_DATA, 0.4, 1, dict(n_dir=32, top=32, step=0.012, nu=0.01)
     obs = play(W, b, starts(8, rng), 300, 0.05, rng)[0][:, 50:].reshape(-1, S_DIM)
     mean, std = obs.mean(0, dtype=np.float64), np.maximum(obs.std(0, dtype=np.float64), 0.05)
     X = np.concatenate([W * std, (b + W @ mean)[:, None]], 1)

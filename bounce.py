@@ -41,7 +41,7 @@ def get_args(argv=None):
     p = common.Flags(__doc__)
     # the game: Shimmin's sizes
     p.flag("quotes", str(pathlib.Path(__file__).resolve().parent / "data" / "quotes.txt"), "texts: lines, .csv, .json; a tenth is held out")
-    p.flag("height", [18, 26], "smallest and largest height of a maze", nargs=2, type=int, low=8, high=1000)
+    p.flag("height", [18, 26], "smallest and largest height of a maze", nargs=2, type=int, low=8, high=800)
     p.flag("width", [32, 86], "smallest and largest width", nargs=2, type=int, low=8, high=1000)
     p.flag("bars", 4.0, "mean number of walls of each orientation")
     p.flag("draw", "code", "who draws the final grid: code, from the path, or the model, cell by cell, after it", choices=["code", "model"])
@@ -71,7 +71,7 @@ def get_args(argv=None):
     p.flag("video", True, "write an mp4 and a PNG of a held-out game")
     # other models: Shimmin's text format, as JSON lines for lora_llama.py
     p.flag("export", None, "write Shimmin's prompts and answers here, held-out ones beside it, and end", metavar="FILE.jsonl")
-    p.flag("export_games", [10000, 1000], "how many to train on and to hold out; no maze is on both sides", nargs=2, type=int)
+    p.flag("export_games", [10000, 1000], "how many to train on and to hold out, of other quotes and other seeds", nargs=2, type=int)
     p.flag("score", None, "measure the completions that any model gave to such prompts, and end", metavar="FILE.jsonl")
     p.flag("smoke", False, "the same path with tiny numbers, under a minute")
     if "--smoke" in (sys.argv if argv is None else argv):
@@ -551,13 +551,13 @@ def checkpoint(args, quotes):
 
 def main():
     args, began, device = get_args(), time.time(), common.pick_device()
-    if args.score:
+    if args.score is not None:
         return common.log_result("bounce.py", args, metrics=score(args.score), seconds=time.time() - began)
     quotes, unseen = split_quotes(common.read_texts(args.quotes))
-    if args.export:
+    if args.export is not None:
         return export(args, (quotes, unseen))
     g = make_games(np.random.default_rng((args.seed, 4)), 1, 1, unseen, args.height, args.width, args.bars)
-    if args.field:
+    if args.field is not None:
         with common.reading(args.field):
             g = one_game(pathlib.Path(args.field).read_text(encoding="utf-8").strip("\n").split("\n"), args.direction, args.text)
     args.dtype = common.fast_dtype(device) if args.dtype == "auto" else args.dtype

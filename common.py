@@ -80,14 +80,14 @@ def whole_file(path):
     """Yields a path beside `path` to write to; renamed over `path` at the end, removed if anything went wrong before."""
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.stem}.part{os.getpid()}{path.suffix}")   # the suffix stays: writers go by it
-    for old in path.parent.glob(f"{glob.escape(path.stem)}.part*{path.suffix}"):
+    part = path.with_name(f"{path.stem}.unfinished-{os.getpid()}{path.suffix}")         # the suffix stays: writers go by it
+    for old in path.parent.glob(f"{glob.escape(path.stem)}.unfinished-*{path.suffix}"):
         try:
-            os.name == "nt" or os.kill(int(old.stem.rsplit(".part", 1)[1]), 0)      # signal 0 only asks: does its writer live?
-        except (ProcessLookupError, ValueError, OverflowError):
+            os.name == "nt" or os.kill(int(old.stem.rsplit("-", 1)[1]), 0)      # signal 0 only asks: does its writer live?
+        except ProcessLookupError:
             old.unlink(missing_ok=True)                 # it was killed while it wrote
-        except PermissionError:
-            pass                                        # it lives, as another user's
+        except (PermissionError, ValueError, OverflowError):
+            pass                                        # it lives, as another user's; or the name is no work of ours
     try:
         yield part
         with open(part, "rb+") as f:
@@ -149,7 +149,8 @@ def download(url, path, size=None, sha256=None, headers=None):
     part = path.with_name(path.name + ".part")
     have = part.stat().st_size if part.exists() else 0
     try:
-        ask = dict(headers or {}, **({"Range": f"bytes={have}-"} if have else {}))
+        # identity: of a body that was packed for the way, neither length nor place would be the file's
+        ask = {"Accept-Encoding": "identity", **(headers or {}), **({"Range": f"bytes={have}-"} if have else {})}
         with requests.get(url, headers=ask, stream=True, timeout=30) as r:
             if r.status_code != 416:            # 416: nothing is left to send, the part is already whole
                 r.raise_for_status()
@@ -321,8 +322,9 @@ def write_episodes(path, obs, act, rew):
             total_episodes=E, total_steps=E * T, data_format="hdf5", dataset_id="mujoco/halfcheetah/ladder-v0", minari_version="0.5.4",
             observation_space=box(17, float("inf")), action_space=box(6, 1.0), env_spec=gymnasium.spec("HalfCheetah-v5").to_json())))
     if (main := path.with_name("main_data.hdf5")).is_symlink() or not main.exists():        # it may be of another run
-        main.unlink(missing_ok=True)
-        main.symlink_to(path.name)
+        with contextlib.suppress(FileExistsError):      # or another run makes it, just now
+            main.unlink(missing_ok=True)
+            main.symlink_to(path.name)
 
 
 def find_ladder(name):
@@ -358,9 +360,10 @@ def read_texts(path):
                 continue
         if path.endswith(".json"):
             rows = json.loads(text)
-            rows = [x for v in rows.values() for x in (v if isinstance(v, list) else [v])] if isinstance(rows, dict) else rows
+            if isinstance(rows, dict):              # {"quotes": [...], "source": ...}, or {author: quote}
+                rows = [x for v in rows.values() if isinstance(v, list) for x in v] or list(rows.values())
             of = lambda x: next((x[k] for k in ("quote", "text", "Quote", "q", "body") if k in x), "") if isinstance(x, dict) else x
-            found = [of(x) for x in rows]
+            found = [x if isinstance(x, str) else "" for x in map(of, rows)]
         elif path.endswith(".csv"):
             rows = [row for row in csv.reader(io.StringIO(text)) if row]
             head = [x.strip().lower() for x in rows[0]]
@@ -728,7 +731,9 @@ OPENAI = "https://api.openai.com/v1"
 def read_key(args, free, asks):
     """The API key, from OPENAI_API_KEY only. It goes into one header and nowhere else: no file, prompt, log or message. asks: whether
     a model is asked at all; free: the flag with which none is."""
-    key = os.environ.get("OPENAI_API_KEY", "").strip()
+    if not re.fullmatch(r"https?://[^\s@/]+(/[^\s@]*)?", args.api_base):        # a password would end up in the results
+        sorry("--api_base takes http://host:port/v1 or https://host/v1, and no user or password in it; a key goes into OPENAI_API_KEY")
+    key = os.environ.get("OPENAI_API_KEY", "").strip() * asks
     if not re.fullmatch(r"[\x21-\x7e]*", key):          # requests would quote the whole header in its complaint
         sorry("OPENAI_API_KEY holds characters that no key has; set it anew")
     if asks and not key and args.api_base == OPENAI:
@@ -737,8 +742,9 @@ def read_key(args, free, asks):
 
 
 def hide(text, key):
-    """text without the key, should a guide or a server repeat it."""
-    return re.sub(r"\bsk-[\w*.-]{8,}", "[key]", text.replace(key, "[key]") if key else text)
+    """text without the key, should a guide or a server repeat it. Under 8 letters it is what people set for a server that wants none:
+    "none", "x", a part of many words."""
+    return re.sub(r"\bsk-[\w*.-]{8,}", "[key]", text.replace(key, "[key]") if len(key) >= 8 else text)
 
 
 class Journal:
@@ -786,7 +792,7 @@ class Journal:
 def post(args, key, idempotent, body):
     """One attempt. -> reply, finish, in, out (tokens), seconds; or why, with free=True if nothing can have been billed, retry=False if it
     is no use, after=seconds if the server asks for a pause. args: api_base, timeout."""
-    import email.utils, requests, urllib3
+    import email.utils, requests
     got, began, url = {}, time.monotonic(), args.api_base.rstrip("/") + "/chat/completions"
     # through auth, for requests would replace a plain header by what ~/.netrc has for the host
     auth = lambda r: r.headers.update({"Authorization": f"Bearer {key}"} if key else {}) or r
@@ -804,17 +810,22 @@ def post(args, key, idempotent, body):
         if status == 200:
             data = json.loads(raw)
             text, use = hide(str(data["choices"][0]["message"].get("content") or ""), key), data.get("usage") or {}
-            most = dict(prompt_tokens=len(json.dumps(body)), completion_tokens=len(text.encode("utf-8", "replace")))
-            used = [use[k] if type(use.get(k)) is int and use[k] >= 0 else most[k] for k in most]       # a token is a byte or more
+            # a server that does not count: a token is a byte or more, 100 are for the chat template, and no reply is over max_tokens
+            most = dict(prompt_tokens=100 + sum(len(m["content"].encode()) for m in body["messages"]),
+                        completion_tokens=min(body["max_tokens"], len(text.encode("utf-8", "replace"))))
+            used = [use[k] if type(use.get(k)) is int and use[k] >= 0 else most[k] for k in most]
             got = {"reply": text, "finish": str(data["choices"][0].get("finish_reason")), "in": used[0], "out": used[1],
                    "seconds": round(time.monotonic() - began, 3)}
         elif status in (400, 404, 422):
-            got["why"] += hide(" " + " ".join(re.findall(r'"message": *"([^"]{1,200})', raw.decode("utf-8", "replace"))), key)
+            said = hide(raw.decode("utf-8", "replace"), key)            # before it is cut: half a key is a secret, too
+            got["why"] += " " + " ".join(re.findall(r'"message": *"([^"]{1,200})', said))
         elif after:
             date = None if re.fullmatch(r"[\d.]{1,9}", after) else email.utils.parsedate_to_datetime(after)
             got["after"] = date.timestamp() - time.time() if date else float(after)
     except Exception as e:                  # of requests, JSON, dates; only its type is told: its message may quote headers
         if not got.get("free"):
-            never = isinstance(getattr(e.args[0] if e.args else None, "reason", None), urllib3.exceptions.NewConnectionError)
-            got = dict(why=f"{type(e).__name__} in the reply" if got else type(e).__name__, free=never)     # never connected
+            from urllib3.exceptions import ConnectTimeoutError, NewConnectionError, SSLError
+            reason, bad = getattr(e.args[0] if e.args else None, "reason", None), isinstance(e, requests.exceptions.InvalidURL)
+            never = bad or isinstance(reason, (NewConnectionError, ConnectTimeoutError, SSLError))      # nothing was sent
+            got = dict(why=f"{type(e).__name__} in the reply" if got else type(e).__name__, free=never, retry=not bad)
     return got

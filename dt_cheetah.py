@@ -37,8 +37,8 @@ def get_args(argv=None):
     p.flag("target_schedule", None, "new targets in mid-run: 400:2400 runs at the pace of 2400 from step 400 on", nargs="+")
     p.flag("episodes", 10, "evaluation episodes per target, each from its own start")
     p.flag("max_steps", T_DATA, "evaluation horizon in steps of 0.05 s; the training data's is 1000")
-    p.flag("start_noise", 0.1, "spread of the start states; 0.1 is gymnasium's, 0.3 a rough start", high=10)
-    p.flag("push", 0.0, "shove the torso every 200 steps: spread of the kick in m/s and rad/s", high=100)
+    p.flag("start_noise", 0.1, "spread of the start states; 0.1 is gymnasium's, 0.3 a rough start", high=5)
+    p.flag("push", 0.0, "shove the torso every 200 steps: spread of the kick in m/s and rad/s", high=30)
     # what it learns from
     p.flag("dataset", "ladder", "ladder (made here), mujoco/halfcheetah/expert-v0 (Minari), halfcheetah-medium-v2 (D4RL) or a .hdf5")
     p.flag("ladder", LADDER, "the gaits, as --search writes them")
@@ -81,8 +81,8 @@ def get_args(argv=None):
         p.set_defaults(ladder_episodes=1, steps=20, n_embd=32, episodes=2, max_steps=100, video_steps=40, search_steps=2,
                        search_iters=1, search_tries=2, search_stride=25)
     args = p.parse_args(argv)
-    if args.n_embd % args.n_head:
-        p.error(f"argument --n_head: {args.n_head} heads do not share {args.n_embd} dimensions evenly")
+    args.n_embd % args.n_head and p.error(f"argument --n_head: {args.n_head} heads do not share {args.n_embd} dimensions evenly")
+    args.search + args.collect + (args.dataset != "ladder") > 1 and p.error("--search and --collect are runs of their own, on the ladder")
     try:
         args.targets = [x for t in args.targets or [str(args.target_rew)] for x in numbers(t)]
         pairs = [pair.split(":") for pair in args.target_schedule or []]
@@ -297,6 +297,7 @@ def collect(args, path):
     """Replay every gait of the ladder, with noise on its actions, from other gaits' mid-run states, shoved, into path (.hdf5)."""
     with common.reading(args.ladder), np.load(args.ladder) as z:
         W, b = np.float64(z["W"]).reshape(-1, A_DIM, S_DIM), np.float64(z["b"]).reshape(-1, A_DIM)
+        len(W) == len(b) > 0 and np.isfinite(W).all() and np.isfinite(b).all() or sorry(f"{args.ladder} holds no gaits, or broken ones")
     G, each, folder = len(W), max(k for k in range(1, 7) if args.ladder_episodes % k == 0), path.with_suffix(".parts")
     gait, n = np.arange(G).repeat(each), each * G
     files = [folder / f"{i}.npz" for i in range(args.ladder_episodes // each)]
@@ -318,11 +319,13 @@ def collect(args, path):
                 np.savez(part, obs=obs[ok], act=act[ok], rew=rew[ok])
         bar.update(n * T_DATA)
     bar.close()
+    if not all(file.exists() for file in files):
+        return                                      # another run has made path of the same parts meanwhile
     parts = [common.load_arrays(file) for file in files]
     obs, act, rew = (np.concatenate([p[k] for p in parts]) for k in ("obs", "act", "rew"))
     print(f"collected: {len(rew)} of {len(files) * n} episodes stayed on their feet")
     common.write_episodes(path, obs, act, rew)
-    shutil.rmtree(folder)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def find_dataset(args):
@@ -405,8 +408,7 @@ class DecisionTransformer(nn.Module):
     def forward(self, r, s, a, t, valid, last=False):
         """r (B, K): reward rates or returns-to-go; s (B, K, 17); a (B, K, 6); t (B, K): steps since the start; valid (B, K):
         False where a window begins before its episode. -> actions (B, K, 6), or of the last step alone (B, 1, 6)."""
-        B, K = t.shape
-        time = self.embed_time(t)
+        (B, K), time = t.shape, self.embed_time(t)
         tokens = [self.embed_state((s - self.mean) / self.std) + time, self.embed_action(a) + time]
         if self.condition != "bc":
             tokens.insert(0, self.embed_return(return_features(r, self.condition)) + time)
@@ -471,8 +473,7 @@ def train(args, condition, data, file, device):
     step, seconds, losses = state.get("step", 0), state.get("seconds", 0.0), []
     if step == args.steps:
         return model.eval(), seconds
-    d = data()
-    r = returns_to_go(d.rew, d.length)
+    r = returns_to_go((d := data()).rew, d.length)
     if condition == "rate":
         r = reward_rate(r, np.repeat(d.first + d.length, d.length) - np.arange(len(r)))
         model.most.fill_(np.quantile(r, 0.999))
@@ -494,8 +495,7 @@ def train(args, condition, data, file, device):
         nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
         optimizer.step()
         losses.append(loss.item())
-        if not math.isfinite(losses[-1]):
-            sorry(f"the loss is not finite at step {step}; a smaller --lr may help")
+        math.isfinite(losses[-1]) or sorry(f"the loss is not finite at step {step}; a smaller --lr may help")
         step += 1
         bar.update()
         if step % SAVE_EVERY == 0 or step == args.steps:
@@ -522,8 +522,7 @@ def evaluate(model, targets, args, device):
     for step in range(H):
         if step in schedule:                                    # from here on at the pace of another target
             targets[:] = schedule[step]
-            owed = targets * (H - step) / H
-            asked = earned + owed
+            asked = earned + (owed := targets * (H - step) / H)
         if args.push and step % 200 == 100:
             sim.state[:, 10:13] += args.push * rng.standard_normal((n, 3))
             obs = sim.state[:, 2:]
@@ -563,8 +562,9 @@ def checkpoint(args, condition):
     """A model's file is named after all that shaped it: other flags make another model, the same flags find it again."""
     shape = {k: getattr(args, k) for k in ("dataset ladder_episodes action_noise cross_start rough n_layer n_head n_embd context dropout "
                                            "steps batch_size lr warmup weight_decay grad_clip dtype seed").split()}
-    gaits = pathlib.Path(args.ladder).read_bytes() if args.dataset == "ladder" else b""
-    return OUT / f"dt_cheetah_{condition}_{hashlib.sha256(json.dumps(shape).encode() + gaits).hexdigest()[:8]}.pt"
+    source = pathlib.Path(args.ladder if args.dataset == "ladder" else args.dataset)        # other data, another model
+    data = source.read_bytes() if source.is_file() else b""
+    return OUT / f"dt_cheetah_{condition}_{hashlib.sha256(json.dumps(shape).encode() + data).hexdigest()[:8]}.pt"
 
 
 def main():

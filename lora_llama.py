@@ -45,7 +45,7 @@ def get_args(argv=None):
     p.flag("lora_dropout", 0.05, "on the input of the update only", high=1)
     p.flag("targets", TARGETS, "layers that get one; all, as QLoRA found necessary", nargs="+", choices=TARGETS)
     p.flag("rslora", False, "scale by alpha / sqrt(r): a larger rank then does not learn slower")
-    p.flag("adapter", "", "start from this adapter folder, ours or peft's")
+    p.flag("adapter", "", "start from this adapter folder, ours or peft's; its rank, alpha, dropout and targets count, not the flags'")
     # data and training; behind a semicolon: the default for other models than the demo
     p.flag("data", str(DATA / "qa.jsonl"), 'JSON lines with "prompt" and "answer"')
     p.flag("held_out", 0.1, "share of the examples kept for the loss before and after", high=1)
@@ -115,15 +115,13 @@ class CharBPE(ByteBPE):
         def offer(i):
             if i >= 0 and right[i] < len(parts) and (made := parts[i] + parts[right[i]]) in self.ranks:
                 heapq.heappush(heap, (self.ranks[made], i, made))
-        for i in range(len(parts)):
-            offer(i)
+        [offer(i) for i in range(len(parts))]
         while heap:
             _, i, made = heapq.heappop(heap)
             j = right[i]
             if parts[i] and j < len(parts) and parts[i] + parts[j] == made:         # else one of the two is part of another by now
                 parts[i], parts[j], right[i], left[right[j]] = made, "", right[j], i
-                offer(left[i])
-                offer(i)
+                offer(left[i]), offer(i)
         return [self.vocab[p] for p in parts if p]
     def decode(self, ids):
         return super().decode(ids).removeprefix("" if self.prefix == "never" else " ")
@@ -188,8 +186,7 @@ def from_sentencepiece(raw):
 def tokenize(rows, tok):
     """[{"prompt": "What is two plus two?", "answer": "Four."}, ...] -> [(ids, n)]: BOS prompt separator answer EOS, and n, how
     many of the ids are prompt and carry no loss."""
-    heads = [tok.bos + tok.encode(row["prompt"]) + tok.sep for row in rows]
-    return [(head + tok.encode(row["answer"]) + tok.eos[:1], len(head)) for head, row in zip(heads, rows)]
+    return [((head := tok.bos + tok.encode(row["prompt"]) + tok.sep) + tok.encode(row["answer"]) + tok.eos[:1], len(head)) for row in rows]
 
 def pack(examples, T, rng):
     """examples [(ids, n)] -> sequences of at most T tokens: lists of examples that fit together, each in the first with room.
@@ -289,8 +286,7 @@ class Block(nn.Module):
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=nh > nkv)
         else:
             # query head h asks key head h // G: a group's queries become rows of one matrix, and no key is copied
-            att = q.reshape(B, nkv, nh // nkv * T, hs) @ k.transpose(2, 3) * hs**-0.5               # (B, nkv, G * T, S)
-            att = att.view(B, nkv, nh // nkv, T, -1)                    # (B, nkv, G, T, S)
+            att = (q.reshape(B, nkv, nh // nkv * T, hs) @ k.transpose(2, 3) * hs**-0.5).view(B, nkv, nh // nkv, T, -1)      # (B, nkv, G, T, S)
             att = att if mask is None else att.masked_fill(~mask[:, :, None], -torch.inf)           # mask (B, 1, T, S), True: may look
             att = att.float().softmax(-1).to(x.dtype)                   # (B, nkv, G, T, S)
             y = att.view(B, nkv, nh // nkv * T, -1) @ v                 # (B, nkv, G * T, hs)
@@ -416,7 +412,6 @@ if triton:
         if absmax.dtype.element_ty == tl.uint8:
             top = tl.load(code2 + top.to(tl.int32)) * tl.load(absmax2 + at // BLOCK2, there, 0) + offset
         return top
-
     @triton.jit
     def dequantize_kernel(packed, absmax, code2, absmax2, offset, code, out, n_blocks, HALF: tl.constexpr, BLOCK2: tl.constexpr, NB: tl.constexpr):
         """out = the weights of all blocks, NB of them a program; HALF: bytes of a block"""
@@ -425,7 +420,6 @@ if triton:
         byte = tl.load(packed + at[:, None] * HALF + tl.arange(0, HALF), there, 0).to(tl.int32)             # (NB, HALF)
         w = tl.interleave(tl.load(code + (byte >> 4)) * top, tl.load(code + (byte & 15)) * top)             # (NB, 2 HALF), side by side
         tl.store(out + at[:, None] * (2 * HALF) + tl.arange(0, 2 * HALF), w.to(out.dtype.element_ty), there)
-
     @triton.jit
     def matvec_kernel(packed, absmax, code2, absmax2, offset, code, x, y, n_blocks, HALF: tl.constexpr, BLOCK2: tl.constexpr, NB: tl.constexpr):
         """y (n_out) = W x in bfloat16, a row of n_blocks blocks a program, which is one warp: each weight is read once, as 4 bits"""
@@ -529,7 +523,8 @@ def load_model(folder, dtype="auto", four_bit=False, double=True, device="cpu"):
     cfg, found = read_config(folder / "config.json"), find_tensors(folder)
     n_layer = len({n.split(".")[2] for n in found if n.startswith("model.layers.")})       # before a billion of them are made
     cfg.n_layer == n_layer or sorry(f"{folder} holds {n_layer} layers, its config.json says {cfg.n_layer}")
-    dtype = FLOATS[dtype if dtype != "auto" else "float32" if "float32" in cfg.dtype else "bfloat16"]
+    stored = str(found["model.norm.weight"].dtype) if cfg.dtype == "None" and "model.norm.weight" in found else cfg.dtype
+    dtype = FLOATS[dtype if dtype != "auto" else "float32" if "float32" in stored else "bfloat16"]
     with reading(folder / "config.json"), torch.device("meta"):             # the structure alone, no memory yet
         model = Llama(cfg)
     inner, worst, off, seen = linears(model), 0.0, 0.0, 0
@@ -547,7 +542,7 @@ def load_model(folder, dtype="auto", four_bit=False, double=True, device="cpu"):
         owner.q, owner.weight = q, None if q else nn.Parameter(x.tensor().to(device, dtype, copy=True), False)
     size, n = sum(m.q.nbytes() if m.q else m.weight.nbytes for m in inner.values()), sum(math.prod(m.shape) for m in inner.values())
     print(f"loaded {folder} in {time.time() - tic:.1f} s: {8 * size / n:.3f} bits per linear weight"
-          + f"; NF4's error is at most {worst:.4g}, {off / max(1, seen):.4g} on average" * bool(seen))
+          + f"; NF4's error in the first million weights of each matrix: at most {worst:.4g}, {off / max(1, seen):.4g} on average" * bool(seen))
     return model.eval()
 
 def save_adapter(model, folder, args, base):
@@ -575,19 +570,23 @@ def load_adapter(model, folder, args):
         if c["r"] != args.lora_r or c["peft_type"] != "LORA" or not 0 <= args.lora_alpha < 1e9 or not 0 <= args.lora_dropout < 1:
             raise ValueError(f"it speaks of a rank-{c['r']} LoRA, its tensors of {ranks}; or lora_alpha or lora_dropout is out of range")
     state = {n.removeprefix(PEFT).removesuffix(".weight"): x.tensor() for n, x in found.items() if x.dtype in FLOATS.values()}
-    add_lora(model, args, {n.rpartition(".")[0] for n in state})
+    add_lora(model, args, names := {n.rpartition(".")[0] for n in state})
+    args.targets = sorted({n.split(".")[-1] for n in names})
     with reading(path.with_name("adapter_model.safetensors")):
         if not state or len(state) < len(found) or {*state} != {*lora_parameters(model)}:
             raise ValueError("some of its tensors belong to nothing in this model, or lack their other half")
         model.load_state_dict(state, strict=False)
 
-def save_merged(model, source, folder, into):
+def save_merged(model, source, folder, into, write=True):
     """Write the model with its LoRA added in as a plain HF folder, tensor by tensor. Each way is exact for something:
     into "4bit", the dequantized NF4 weights: this is the model that was trained and evaluated here;
     into "16", the stored weights: what others compute who load the 16-bit model and the adapter; NF4's error goes out."""
     inner, found, dtype = {f"{n}.weight": m for n, m in linears(model).items()}, find_tensors(source), model.model.norm.weight.dtype
     if any(n.endswith(STATE) for n in found) if into == "16" else not any(m.q for m in inner.values()):
         sorry(f"--merge {into}: {source} " + ("holds no 16-bit weights" if into == "16" else "was not loaded in 4 bits") + "; take the other")
+    source.resolve() != folder.resolve() or sorry(f"--merge {into} would write over {folder}, which it starts from; choose another --out")
+    if not write:
+        return
     def tensor_of(name):
         m = inner.get(name)
         w = dequantize_nf4(m.q, torch.float32) if m and m.q and into == "4bit" else found[name].tensor()
@@ -678,11 +677,10 @@ def evaluate(model, packed, args):
 def train(model, packed, epochs, lr, batch_size, path, args, name):
     """AdamW on what of the model wants a gradient -> the last loss. Batch and dropout are functions of (seed, step) alone,
     so a run that was killed goes on from `path` to the same weights. Under torchrun the processes share each batch."""
-    params, per_epoch = {n: p for n, p in model.named_parameters() if p.requires_grad}, -(-len(packed) // batch_size)
+    params, per_epoch = {n: p for n, p in model.train().named_parameters() if p.requires_grad}, -(-len(packed) // batch_size)
     steps, start, loss = max(1, round(epochs * per_epoch)), 0, math.nan
     warm = max(1, round(0.03 * steps))
     opt = torch.optim.AdamW(params.values(), lr=lr, betas=(0.9, 0.95), weight_decay=0.1)       # the last two as in Llama 2
-    model.train()
     keys = "model adapter load_4bit double_quant dtype seed lora_r lora_alpha lora_dropout rslora micro_batch".split() * (name != "pretrain")
     run = repr([steps, lr, batch_size, [vars(args)[k] for k in keys], [*params], hashlib.sha256(repr(packed).encode()).hexdigest()])
     if saved := common.resume(path, opt=opt):
@@ -762,20 +760,21 @@ def main():
     ids = {*tok.bytes, *tok.special.values()}           # a tiktoken file that was cut short is one of fewer tokens
     if max(ids) >= model.cfg.vocab_size or not ids.issuperset(tok.bos + tok.eos[:1]):
         sorry(f"{folder}: its tokenizer, with ids up to {max(ids)}, is not of its config.json: {model.cfg.vocab_size}, {tok.bos + tok.eos}")
-    asked = read_jsonl(args.prompts, ["prompt"]) if args.prompts else []
+    asked, out, metrics = read_jsonl(args.prompts, ["prompt"]) if args.prompts else [], pathlib.Path(args.out), {}
+    merged = model, folder, out / f"merged-{args.merge}", args.merge
+    args.merge == "off" or save_merged(*merged, write=False)            # what it refuses, it refuses before the training
     load_adapter(model, args.adapter, args) if args.adapter else add_lora(model, args)
     print(f"device {device}  dtype {model.model.norm.weight.dtype}  LoRA rank {args.lora_r}, "
           f"{sum(p.numel() for p in lora_parameters(model).values()):,} trainable  begins {tok.bos}  separator {tok.sep}  ends {tok.eos}")
-
-    out, metrics = pathlib.Path(args.out), {}
     if args.epochs > 0:
         rows, rng = read_jsonl(args.data, ("prompt", "answer")), np.random.default_rng(args.seed)
         rows = [rows[i] for i in rng.permutation(len(rows))]
-        n_held = min(len(rows) - 1, math.ceil(args.held_out * len(rows)))
-        held, taught = rows[:n_held], rows[n_held:]
+        held, taught = rows[:(n := min(len(rows) - 1, math.ceil(args.held_out * len(rows))))], rows[n:]
         packed, held_packed = (pack(tokenize(part, tok), args.block_size, rng) for part in (taught, held))
         packed or sorry(f"--block_size {args.block_size} is shorter than every prompt in {args.data}")
-        print(f"data: {len(taught)} examples in {len(packed)} sequences of up to {args.block_size} tokens; {len(held)} held out")
+        cut = sum(ids[-1:] != tok.eos[:1] for seq in packed for ids, _ in seq)          # the others' prompts leave no room for an answer
+        print(f"data: {sum(map(len, packed))} of {len(taught)} examples, {cut} of them cut short, in {len(packed)} sequences of up to "
+              f"{args.block_size} tokens; {len(held)} held out")
         shown = held or taught[:2]
         metrics["loss_before"], before = evaluate(model, held_packed, args), complete(model, shown[:2], tok, args)
         metrics["train_loss"] = train(model, packed, args.epochs, args.lr, args.batch_size, out / "train.pt", args, "tune")
@@ -791,9 +790,10 @@ def main():
             text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in complete(model, asked, tok, args))
             with common.whole_file(out / "completions.jsonl") as part:
                 part.write_text(text, "utf-8", "replace")
-        args.merge == "off" or save_merged(model, folder, out / f"merged-{args.merge}", args.merge)
+        args.merge == "off" or save_merged(*merged)
         args.epochs > 0 and (out / "train.pt").unlink()         # all is written: the next run starts anew
-        print(f"written to {out}: {', '.join(sorted(p.name for p in out.iterdir()))}" if out.exists() else "nothing written")
+        wrote = args.epochs > 0 or asked or args.merge != "off"
+        print(f"{out} now holds {', '.join(sorted(p.name for p in out.iterdir()))}" if wrote else "nothing written")
         common.log_result("lora_llama.py", args, time.time() - tic, metrics)
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ Papers: PPO (Schulman et al. 2017, arXiv 1707.06347), GAE (1506.02438), GRPO (24
 Llama 2 (2307.09288, section 3). Differs from them in:
 1. KL to the frozen start is a loss (k3, as GRPO's) or, with --kl_in reward, part of the reward; rejection sampling has no KL term
 2. no mini-batches: each gradient step sees all completions of its round; RLOO takes PPO's clipped ratio, token by token
-3. rejection sampling trains on the best 64 winners of all rounds, sampled with noise; rlhf's judge is a program, its model 0.1M parameters
+3. rejection sampling trains on the best 64 winners of all rounds, outside rlhf with noise; rlhf's judge is a program, its model small
 Not handled: prompts longer than --prompt_len tokens (their end is kept); rewards that look at the prompt, but for the learned one.
 """
 import collections, copy, functools, hashlib, json, math, pathlib, re, sys, time
@@ -81,13 +81,14 @@ def get_args(argv=None):
     # rejection sampling learns from winners alone: noise costs it nothing, and without, it samples the same few texts again and again;
     # rlhf's critic begins at 0, and with lambda below 1 what ends soon then looks good; with larger steps its samples lose their variety,
     # and with fewer pairs the reward model is a poor judge
-    own = dict(rejection=dict(iterations=300, epsilon=0.1), rlhf=dict(rl_lr=5e-4, lam=1.0, pairs=4096))
+    own = dict(rejection=dict(iterations=300, epsilon=0.1), rlhf=dict(rl_lr=5e-4, lam=1.0, pairs=4096, reward="model"))
     p.set_defaults(**own.get((re.search(r"--algo[ =](\w+)", said) or [0, ""])[1], {}))
     if "--smoke" in said:                                       # its numbers are defaults: other flags still win over them
         p.set_defaults(steps=20, batch_size=16, n_embd=32, iterations=4, prompts=4, group=4, pairs=64, beam=2)
     args = p.parse_args(argv)
     if args.n_embd % (2 * args.n_head):
         p.error(f"argument --n_head: {args.n_head} heads do not share {args.n_embd} dimensions evenly, in pairs")
+    args.algo == "rlhf" and args.reward != "model" and p.error("argument --reward: rlhf learns its own")
     args.device = common.pick_device()
     return args
 
@@ -398,7 +399,7 @@ def pretrain(corpus, args, file):
     return model, loss
 
 
-def improve(name, algo, policy, start, reward, lines, args, file, tails=False, pool=None):
+def improve(name, algo, policy, start, reward, lines, args, file, tails=False, pool=None, v=0):
     """Sample completions, score them, move the policy, round by round, from file on if it is there. -> seconds, rejection sampling's pool
     {ids: score}, and curve, [(round, reward, KL, distinct, worst |ratio - 1| before the first inner step, beam's reward or nan)]."""
     R, G, B = args.max_new, args.group, args.prompts * args.group
@@ -408,9 +409,9 @@ def improve(name, algo, policy, start, reward, lines, args, file, tails=False, p
     state = dict(dict(step=0, curve=[], pool=pool or {}, seconds=0.0), **common.resume(file, **parts))
     curve, pool, began = state["curve"], state["pool"], time.time() - state["seconds"]
     for step in (bar := tqdm(range(state["step"], args.iterations), name, args.iterations, initial=state["step"], disable=None)):
-        # prompts and samples depend on (seed, round) alone: a resumed run sees what an unbroken one would have seen
-        torch.manual_seed(1_000_003 * args.seed + step)
-        rng, done, error = np.random.default_rng((args.seed, 1, step)), step / max(1, args.iterations - 1), 0.0
+        # prompts and samples depend on (seed, version, round) alone: a resumed run sees what an unbroken one would have seen
+        torch.manual_seed(1_000_003 * args.seed + 10_000 * v + step)
+        rng, done, error = np.random.default_rng((args.seed, 1, step, v)), step / max(1, args.iterations - 1), 0.0
         heat = [a + (b - a) * done for a, b in ((args.temperature, args.temperature_end), (args.epsilon, args.epsilon_end))]
         prompts, left, _ = draw_prompts(lines, args.prompts, G, args, rng, tails)
         ids, old, mask = rollout(policy, prompts, left, R, *heat)
@@ -548,7 +549,7 @@ def rlhf(policy, corpus, args, file):
             if pool:                                # the winners of earlier versions, as the newest reward model sees them
                 won = torch.tensor(list(pool), device=args.device)
                 pool = dict(zip(pool, final(reward(won, (won[:, :-R] == PAD).sum(1), m := completion_mask(won[:, -R:])), m).tolist()))
-            pool = improve(f"RLHF-V{v}", "rejection" if v < 5 else "ppo", *job, file(f"v{v}"), True, pool)["pool"]
+            pool = improve(f"RLHF-V{v}", "rejection" if v < 5 else "ppo", *job, file(f"v{v}"), True, pool, v)["pool"]
         metrics, ids = evaluate(*job, tails=True)
         judged = np.mean([judge(row[-R:], corpus) for row in ids.tolist()])
         versions[f"V{v}" if v else "SFT"] = dict(metrics, judge=judged, **accuracy), ids
@@ -563,9 +564,9 @@ def main():
     print(f"device {args.device}, {torch.get_num_threads()} threads, float32; {len(corpus.train)} lines, "
           f"{sum(map(len, corpus.train)):,} tokens of {len(tok.tokens)}, such as", "|".join(tok.tokens[i] for i in corpus.quotes[0][1:-1]))
     def file(what, keys=tuple(vars(args))):         # named after all that shaped it: the same flags find it again
-        flags = json.dumps({k: getattr(args, k) for k in keys if k not in ("corpus", "smoke")}).encode()
-        texts = b"".join(pathlib.Path(c).read_bytes() for c in args.corpus)
-        return OUT / f"ppo_char_{what}_{hashlib.sha256(flags + texts).hexdigest()[:8]}.pt"
+        texts = [hashlib.sha256(pathlib.Path(c).read_bytes()).hexdigest() for c in args.corpus]
+        flags = json.dumps([{k: getattr(args, k) for k in keys if k not in ("corpus", "smoke")}, texts])
+        return OUT / f"ppo_char_{what}_{hashlib.sha256(flags.encode()).hexdigest()[:8]}.pt"
     base = file("base", "vocab_size prompt_len max_new n_layer n_head n_embd pos n_predict steps batch_size lr seed".split())
     policy, loss = pretrain(corpus, args, base)
     start, metrics = copy.deepcopy(policy).requires_grad_(False), dict(pretrain_loss=round(loss, 3))
@@ -582,7 +583,7 @@ def main():
         n, score, kl, _, error, beams = zip(*state["curve"])
         seen = list(zip(*((i, b) for i, b in zip(n, beams) if not math.isnan(b))))
         panels = [("reward", {"sampled": (n, score), "beam search": seen}), ("nats", {"KL": (n, kl)})]
-        metrics.update(ratio_error=max(error), rl_seconds=round(state["seconds"], 1))
+        metrics.update(dict(ratio_error=max(error)) if args.algo != "rejection" else {}, rl_seconds=round(state["seconds"], 1))
     (before, old), *_, (after, new) = versions.values()
     found = beam(policy, new[0, :P], (new[0, :P] == PAD).sum(), args.max_new, args.beam)
     for title, ids in (("before", old[::43]), ("after", new[::43]), ("after, by beam search", found[None])):

@@ -368,10 +368,16 @@ def compare(args):
     began, rows, here = time.time(), [], pathlib.Path(__file__).resolve().parent
     targets, mine = args.targets, ["--model", args.model] if ":" in args.model else []
     real = "EleutherAI/pythia-70m" if ":" in args.model else args.model
+    usual = get_args(["--smoke"] if args.smoke else [])
+    said = {k: v for k, v in vars(args).items() if v != getattr(usual, k) and k not in ("model", "compare", "smoke", "video", "video_steps",
+            "renderer", "target_rew", "targets", "episodes", "max_steps", "seed")}
+    given = lambda names: [x for k in names if k in said for x in ([f"--{k}"] if said[k] is True else [f"--{k}", said[k]])]
     flags = ["--episodes", args.episodes, "--max_steps", args.max_steps, "--seed", args.seed, "--no-video",
              *(["--smoke"] if args.smoke else []), "--targets", *targets]
-    for label, script, *more in (("DT, cloning", "dt_cheetah.py", "--baseline", "bc"), ("adapter", "pythia_adapter.py", *mine),
-                                 (f"adapter, {real}", "pythia_adapter.py", "--model", real), ("kNN", "rag_cheetah.py")):
+    for label, script, *more in (("DT, cloning", "dt_cheetah.py", "--baseline", "bc", *given(["dataset"])),
+                                 ("adapter", "pythia_adapter.py", *mine, *given(said)),
+                                 (f"adapter, {real}", "pythia_adapter.py", "--model", real, *given(said)),
+                                 ("kNN", "rag_cheetah.py", *given(["dataset"]))):
         command = [sys.executable, str(here / script), *map(str, [*more, *flags])]
         print(f"running python {' '.join(command[1:])}", flush=True)
         text = subprocess.run(command, stdout=subprocess.PIPE, text=True).stdout      # its stderr, progress and faults, is ours
@@ -383,7 +389,8 @@ def compare(args):
     for line in log.read_text().splitlines() if log.exists() else []:
         with contextlib.suppress(ValueError, KeyError, TypeError):          # torn by a kill, or an older script's
             row, f = (x := json.loads(line)), x["flags"]
-            if row["script"] == "rag_cheetah.py" and f["llm"] != "knn" and (f["targets"], f["max_steps"]) == (targets, args.max_steps):
+            same = all(f[k] == getattr(args, k) for k in ("targets", "max_steps", "episodes", "seed", "dataset"))
+            if row["script"] == "rag_cheetah.py" and f["llm"] != "knn" and same:
                 rows[-1] = (f"kNN + {f['llm']}", "0", "0", [x[:3] for x in row["metrics"]["table"]])
     print(f"\n{'return, mean +- std of episodes':34s}" + "".join(f"{x:>16.0f}" for x in targets) + "   parameters  seconds trained")
     for name, count, seconds, table in rows:
@@ -402,8 +409,12 @@ def checkpoint(args):
     shape = {k: getattr(args, k) for k in ("dataset model dtype adapter token_std random_std tune_ln condition context steps batch_size lr "
                                            "warmup weight_decay grad_clip seed").split()}
     ladder = pathlib.Path(__file__).with_name("data") / "cheetah_ladder.npz"        # new gaits make another adapter
-    gaits = ladder.read_bytes() if "cheetah_ladder" in args.dataset and ladder.exists() else b""
-    return OUT / f"pythia_adapter_{hashlib.sha256(json.dumps(shape).encode() + gaits).hexdigest()[:8]}.pt"
+    source = ladder if "cheetah_ladder" in args.dataset and ladder.exists() else pathlib.Path(args.dataset)
+    data, weights = source.read_bytes() if source.is_file() else b"", []
+    if (folder := pathlib.Path(args.model)).is_dir():                               # and so do other weights in the folder, or other data
+        weights = [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in sorted(folder.iterdir()) if p.is_file()]
+    stamp = json.dumps([shape, weights] if weights else shape).encode() + data
+    return OUT / f"pythia_adapter_{hashlib.sha256(stamp).hexdigest()[:8]}.pt"
 
 
 def main():

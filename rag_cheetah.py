@@ -66,8 +66,6 @@ def get_args(argv=None):
         args.price_in = args.price_out = 0.0
     if None in (args.price_in, args.price_out):
         sorry("--price_in and --price_out: dollars per million tokens, as the provider says; 0 for a server of your own")
-    if "@" in args.api_base:
-        sorry("--api_base must not hold a password, which would end up in the results; a key goes into OPENAI_API_KEY")
     return args
 
 # ---- episodes: what was still to be earned at each of their steps -------------------------------------------------------------
@@ -187,10 +185,11 @@ class Controller:
     def __init__(self, args, store, journal, key):
         self.args, self.store, self.journal, self.key, self.stop = args, store, journal, key, threading.Event()
         self.pool = concurrent.futures.ThreadPoolExecutor(args.parallel)
-        self.counts, self.faults, self.unanswered = dict(good=0, repaired=0, fallback=0, clipped=0), {}, 0
+        self.counts, self.faults, self.lost, self.unanswered = dict(good=0, repaired=0, fallback=0, clipped=0), {}, [], 0
 
     def act(self, step, obs, episodes, steps, past):
         """obs (n, 17), neighbours (n, k), past n lists -> actions (n, 6)."""
+        self.enough = 3 * min(self.args.parallel, len(obs))         # requests in a row without an answer: then nobody is there
         jobs = [self.pool.submit(self.one, f"{step}/{i}", messages(self.args, self.store, step, o, episodes[i], steps[i], past[i]),
                                  self.store.act[episodes[i], steps[i]].mean(0)) for i, o in enumerate(obs)]
         try:
@@ -243,6 +242,9 @@ class Controller:
                 got = dict(why="no answer in time")
             with journal.lock:
                 if "reply" in got:
+                    for gone in self.lost:          # what had no answer before this one keeps none: a resumed run must take the same way
+                        journal.write(n=-1, key=gone, cost=0.0, reply=None)
+                    self.lost.clear()
                     journal.write(n=n, key=key, cost=(got["in"] * args.price_in + got["out"] * args.price_out) / 1e6, **got)
                     self.unanswered = 0
                     break
@@ -256,10 +258,10 @@ class Controller:
                 break
         else:
             if key not in journal.replies:
-                with journal.lock:          # kept as an answer, too: a resumed run must take the same way
-                    journal.write(n=-1, key=key, cost=0.0, reply=None)
+                with journal.lock:          # not yet written: a run that ends before the next answer may ask again
+                    self.lost.append(key)
                     self.unanswered += 1
-                    if self.unanswered > 3 * args.parallel:
+                    if self.unanswered >= self.enough:
                         raise GivenUp(f"{args.api_base} does not answer ({got['why']})")
         return journal.replies.get(key, dict(reply=None))["reply"]
 

@@ -42,7 +42,7 @@ def get_args(argv=None):
     p.flag("chunks_min", 2, "fewest chunks")
     p.flag("chunks_max", 50, "most chunks, unless --context asks for more")
     p.flag("chunks_for", [], "for one long guide, NAME=mean,sd,min,max, as in fox=45,3,35,50", nargs="+", type=str)
-    p.flag("heldout", 0.1, "share of each guide whose questions are kept apart, one paragraph at least; 0: none", high=0.9)
+    p.flag("heldout", 0.1, "share of each guide whose questions are kept apart, one paragraph at least, never all; 0: none", high=0.9)
     # who is asked
     p.flag("teacher", "cloze", "cloze: rules that blank out words, free; any other name is a model at --api_base")
     p.flag("api_base", OPENAI, "an OpenAI-compatible endpoint; vLLM's is http://localhost:8000/v1")
@@ -74,15 +74,12 @@ def get_args(argv=None):
     if any(low > high for low, high in bounds) or args.context < args.max_tokens + 2000:
         p.error("of two bounds the smaller comes first, and --context is --max_tokens and 2,000 more for the prompt")
     override = [re.fullmatch(r"(.+)=(\d+\.?\d*),(\d+\.?\d*),([1-9]\d*),([1-9]\d*)", text) for text in args.chunks_for]
-    if not all(m and int(m[4]) <= int(m[5]) for m in override):
-        p.error("argument --chunks_for: takes NAME=mean,sd,min,max, as in fox=45,3,35,50")
+    all(m and int(m[4]) <= int(m[5]) for m in override) or p.error("argument --chunks_for: takes NAME=mean,sd,min,max, say fox=45,3,35,50")
     args.chunks_for = {m[1].lower(): (float(m[2]), float(m[3]), int(m[4]), int(m[5])) for m in override}
     if args.teacher == "cloze":
         args.price_in = args.price_out = 0.0
     if None in (args.price_in, args.price_out):
         p.error("arguments --price_in and --price_out: dollars per million tokens, as the provider says; 0 for a server of your own")
-    if "@" in args.api_base:
-        p.error("argument --api_base: must not hold a password, which would end up in the results; a key goes into OPENAI_API_KEY")
     return args
 
 # ---- sources: whatever people have, to clean text --------------------------------------------------------------------------
@@ -214,7 +211,7 @@ def read_urls(args):
     session, guides, notes, robots = requests.Session(), [], [], {}
     session.trust_env = False                           # a proxy would look names up behind our back
     for entry in tqdm(args.urls, desc="pages", disable=None):
-        name, url = re.fullmatch(r"(?s)(?:([^:/?]+)=)?(.*)", entry).groups()
+        name, url = re.fullmatch(r"(?s)(?:([^:/?]+)=)?(.*)", entry.encode("utf-8", "replace").decode()).groups()
         cached = pathlib.Path(args.out) / "pages" / (hashlib.sha256(os.fsencode(url)).hexdigest()[:16] + ".txt")
         try:
             if not cached.exists():
@@ -314,7 +311,7 @@ class Teacher:
         if self.args.teacher == "cloze":
             return [(cloze(job), "stop") for job in jobs]
         book, replies, pool = self.book, self.book.replies, concurrent.futures.ThreadPoolExecutor(self.args.parallel)
-        todo = {job["key"]: job for job in jobs if job["key"] not in replies}
+        todo, self.why = {job["key"]: job for job in jobs if job["key"] not in replies}, ""
         total, most = len(replies) + len(todo), sum(self.bound(job)[0] for job in todo.values())
         print(f"{label}: {len(todo)} of {len(jobs)} to ask, for ${most:.2f} at most; ${book.spent:.2f} of ${self.args.max_cost:.2f} spent")
         try:
@@ -327,7 +324,7 @@ class Teacher:
             self.stop.set()
             pool.shutdown(cancel_futures=True)
             raise
-        if self.stop.is_set() or todo and not self.unmade and not replies.keys() & todo.keys():         # not one answer: a wrong name?
+        if self.stop.is_set() or self.why and not replies.keys() & todo.keys():         # not one answer: a wrong name?
             sorry(f"the teacher at {self.args.api_base} fails: {self.why}; its answers so far are kept, the same command goes on")
         return [(line["reply"], line["finish"]) for line in (replies.get(job["key"], dict(reply="", finish="")) for job in jobs)]
 
@@ -500,7 +497,7 @@ def unfit(row, names, args):
     for field, text, (low, high) in (("question", row["q"], args.question_words), ("answer", row["a"], args.answer_words)):
         if not low <= len(tokens(text)) <= high or len(text) > 20 * high:
             return f"{field} too short or long"
-    if any(name_pattern(word).search(both) for word in args.blacklist):
+    if any(name_pattern(word).search(both) for word in args.blacklist if word):
         return "blacklist"
     return None if any(name.search(both) for name in names) else "names no character"
 
@@ -559,17 +556,21 @@ def main():
     guides, notes = read_urls(args) if args.urls else read_guides(args)
     notes += [(where, "left out: empty") for _, where, text in guides if not text.strip()]
     guides = [(name, where, hide(text, key)) for name, where, text in guides if text.strip()]
-    if not guides:
-        sorry("nothing to read: " + ("; ".join(f"{where}: {why}" for where, why in notes[:5]) or f"{args.guides} is empty"))
+    guides or sorry("nothing to read: " + ("; ".join(f"{where}: {why}" for where, why in notes[:5]) or f"{args.guides} is empty"))
+    if lost := args.chunks_for.keys() - {name.lower() for name, _, _ in guides}:
+        sorry(f"--chunks_for {', '.join(lost)}: no guide has that name")
     jobs = plan(guides, args)
     print(f"{len(guides)} guides, {sum(len(t) for _, _, t in guides):,} characters; {len(jobs)} chunks in {args.passes} passes, "
           f"{sum(j['heldout'] for j in jobs)} of them held out; teacher {args.teacher}")
     teacher, rows = Teacher(args, Journal(out / "journal.jsonl"), key), []
     replies = teacher.ask(jobs, "pairs")
+    if not args.max_cost and teacher.unmade:
+        return print(f"--max_cost 0: {teacher.unmade} requests were not made, and no file was written")
     for job, (reply, finish) in zip(jobs, replies):
         pairs, rest = parse_pairs(decode(reply.encode("utf-8", "replace"))[0], finish == "length")
         rows += [dict(q=q, a=a, job=job) for q, a in pairs]
         rows += [dict(q="", a=text, job=job, why="no question and answer") for text in rest]
+    rows or sorry(f"no question came of {len(jobs)} requests, {teacher.unmade} of them over --max_cost; {out} stays as it was")
     clean(rows, args, teacher)
     made = dict(train=[], heldout=[], rejected=[])
     for row in rows:
@@ -590,7 +591,8 @@ def main():
     print(text)
     common.log_result("selfinstruct.py", args, time.time() - start, metrics)
     if teacher.unmade:
-        print(f"--max_cost {args.max_cost:g} left {teacher.unmade} requests unmade; the same command with more goes on")
+        print(f"--max_cost {args.max_cost:g} left {teacher.unmade} requests unmade; the same command with more goes on"
+              + f" (${metrics['in_doubt']:g} of it is for requests whose answers were lost)" * bool(metrics["in_doubt"]))
     print(f"next: python lora_llama.py --data {out / 'train.jsonl'} --prompts {out / 'heldout.jsonl'} --epochs 5")      # 15: by heart
 
 

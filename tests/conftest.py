@@ -1,10 +1,14 @@
 import http.server, json, os, pathlib, subprocess, sys, threading, time
 
 import pytest
+from hypothesis import settings
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["MPLBACKEND"] = "Agg"
+# the same examples in every run: a stranger's suite must not fail by its own draw. --hypothesis-profile default draws new ones
+settings.register_profile("same", derandomize=True)
+settings.load_profile("same")
 
 
 @pytest.fixture

@@ -332,6 +332,14 @@ def test_a_utf_16_file_that_is_cut_within_a_letter_is_read(tmp_path):
     assert "number 9 of ten" in common.read_texts(str(tmp_path / "q.txt"))
 
 
+def test_what_is_no_text_in_a_json_is_left_out(tmp_path):
+    ten = [f"number {i} of ten" for i in range(10)]
+    for content in ([*({"quote": x} for x in ten), {"quote": None}, {"quote": None}, 7], {"quotes": ten, "count": 11, "source": "http://x"},
+                    {f"author {i}": x for i, x in enumerate(ten)}):
+        (tmp_path / "q.json").write_text(json.dumps(content))
+        assert sorted(common.read_texts(str(tmp_path / "q.json"))) == sorted(ten)
+
+
 def test_the_quotes_that_ship():
     lines = (ROOT / FILES[0]).read_text(encoding="utf-8").splitlines()
     assert len(lines) >= 500 and all(re.fullmatch(r"\S.{13,}\S -- \S.*\S", x) for x in lines)

@@ -143,12 +143,13 @@ def test_whole_file_leaves_a_living_run_its_part_and_clears_a_dead_ones(tmp_path
     import subprocess, sys
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
-    mine, dead, odd = (tmp_path / f"a.part{pid}.pt" for pid in (os.getppid(), gone.pid, "x"))
-    for p in (mine, dead, odd):
+    mine, dead = (tmp_path / f"a.unfinished-{pid}.pt" for pid in (os.getppid(), gone.pid))
+    others = [tmp_path / name for name in ("a.unfinished-x.pt", f"a.part{gone.pid}.pt", "a.partial.pt", f"ab.unfinished-{gone.pid}.pt")]     # a user's own
+    for p in (mine, dead, *others):
         p.write_bytes(b"half")
     with common.whole_file(tmp_path / "a.pt") as part:
         part.write_bytes(b"whole")
-    assert mine.exists() and not dead.exists() and not odd.exists() and (tmp_path / "a.pt").read_bytes() == b"whole"
+    assert mine.exists() and not dead.exists() and all(p.exists() for p in others) and (tmp_path / "a.pt").read_bytes() == b"whole"
 
 
 def test_a_word_without_a_flag_gets_a_sentence(capsys):
@@ -226,6 +227,19 @@ def test_download_goes_on_where_it_was_cut(server, tmp_path, capsys):
     with pytest.raises(SystemExit):
         common.download(url + "/missing", tmp_path / "h")
     assert "404" in capsys.readouterr().err
+
+
+def test_a_download_is_not_packed_for_the_way(serve, tmp_path):
+    """A server that packs what it may would send other lengths than the file's, and a cut download could not go on."""
+    seen = []
+
+    def do_GET(handler):
+        seen.append(handler.headers["Accept-Encoding"])
+        handler.send_response(200), handler.send_header("Content-Length", "4"), handler.end_headers()
+        handler.wfile.write(b"body")
+    server = serve(lambda *a: None)
+    server.RequestHandlerClass = type("Get", (server.RequestHandlerClass,), dict(do_GET=do_GET))
+    assert common.download(server.url + "/f", tmp_path / "f").read_bytes() == b"body" and seen == ["identity"]
 
 
 def test_an_unreachable_host_is_a_sentence(tmp_path, capsys):

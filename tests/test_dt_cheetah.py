@@ -1,5 +1,5 @@
 """dt_cheetah.py against gymnasium, transformers, minari, torch's SDPA and plain loops; its faults, its resumes, its idea."""
-import json, os, pathlib, re, signal, subprocess, sys, time
+import json, os, pathlib, re, shutil, signal, subprocess, sys, time
 
 import h5py
 import numpy as np
@@ -414,6 +414,12 @@ def test_a_ladder_without_gaits_is_a_sentence(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as e:
         dt.collect(dt.get_args(["--ladder", str(tmp_path / "l.npz")]), tmp_path / "d.hdf5")
     assert e.value.code == 2 and "l.npz cannot be read" in capsys.readouterr().err
+    W, b = np.zeros((5, 6, 17)), np.zeros((5, 6))
+    for bad in (dict(W=W[:0], b=b[:0]), dict(W=W, b=b[:3]), dict(W=W * np.nan, b=b)):
+        np.savez(tmp_path / "l.npz", **bad)
+        with pytest.raises(SystemExit) as e:
+            dt.collect(dt.get_args(["--ladder", str(tmp_path / "l.npz")]), tmp_path / "d.hdf5")
+        assert e.value.code == 2 and "holds no gaits, or broken ones" in capsys.readouterr().err
 
 
 def test_minaris_file_is_the_newest(tmp_path):
@@ -551,9 +557,29 @@ def test_smoke_alone_in_an_empty_folder(alone):
 
 @pytest.mark.parametrize("flags", [["--nonsense"], ["--steps", "many"], ["--target_rew", "fast"], ["--targets", "1:x:3"], ["--dataset", "no/such-v9"],
                                    ["--target_schedule", "400"], ["--target_schedule", "1000:600"], ["--targets=-1e300"], ["--steps", "0"], ["--context", "0"], ["--n_head", "3"], ["--episodes", "-1"],
-                                   ["--target_rew", "nan"], ["--targets", "5:1:0"]])
+                                   ["--target_rew", "nan"], ["--targets", "5:1:0"], ["--collect", "--dataset", "x.hdf5"], ["--search", "--collect"]])
 def test_a_users_mistake_is_one_sentence(alone, flags):
     refused(alone("dt_cheetah.py", "--smoke", *flags, files=ALONE))
+
+
+def test_other_data_under_the_same_name_is_another_model(tmp_path):
+    args = dt.get_args(["--dataset", str(tmp_path / "my.hdf5")])
+    names = set()
+    for seed in (0, 0, 1):
+        common.write_episodes(tmp_path / "my.hdf5", *some_episodes(2, seed=seed))
+        names.add(dt.checkpoint(args, "rate").name)
+    assert len(names) == 2 and dt.checkpoint(dt.get_args([]), "rate") == dt.checkpoint(dt.get_args([]), "rate")
+
+
+def test_two_runs_may_collect_at_once(alone):
+    cmd = [sys.executable, "dt_cheetah.py", "--collect", "--ladder_episodes", "1"]
+    for name in ("common.py", "dt_cheetah.py", "data/cheetah_ladder.npz"):
+        (alone.folder / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, alone.folder / name)
+    both = [subprocess.Popen(cmd, cwd=alone.folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [p.communicate()[1] for p in both]
+    assert [p.returncode for p in both] == [0, 0], said
+    assert len(common.read_episodes(alone.folder / "out/data/cheetah_ladder_1_0.05_0.6_0.3.hdf5").length) > 40
 
 
 def test_a_missing_or_broken_ladder_and_checkpoint(alone):

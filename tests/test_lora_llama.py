@@ -486,6 +486,19 @@ def test_a_merge_into_weights_that_are_not_there_is_refused(theirs, tmp_path, ca
     with pytest.raises(SystemExit):
         L.save_merged(model, theirs["llama2"][1], tmp_path / "m", "4bit")
     assert "was not loaded in 4 bits" in capsys.readouterr().err and not (tmp_path / "m").exists()
+    source, before = theirs["llama2"][1], (theirs["llama2"][1] / "model.safetensors").read_bytes()
+    with pytest.raises(SystemExit):
+        L.save_merged(model, source, source.parent / "." / source.name, "16")
+    assert "choose another --out" in capsys.readouterr().err and (source / "model.safetensors").read_bytes() == before
+
+
+def test_auto_is_the_dtype_of_the_files_if_the_config_names_none(theirs, tmp_path):
+    folder = shutil.copytree(theirs["llama2"][1], tmp_path / "m")
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("dtype", None), config.pop("torch_dtype", None)
+    (folder / "config.json").write_text(json.dumps(config))
+    stored = L.find_tensors(folder)["model.norm.weight"].dtype
+    assert stored == torch.float32 == L.load_model(folder).model.norm.weight.dtype
 
 
 def test_adapters_that_are_not_handled_are_refused_by_name(theirs, tmp_path):
@@ -545,6 +558,16 @@ def test_loss_is_a_mean_over_answer_tokens_however_it_is_cut(theirs):
         whole, n = L.loss_of(model, seqs)
         parts = [L.loss_of(model, [s]) for s in seqs]
     assert n == sum(k for _, k in parts) == 13 + 5 + 8 and torch.allclose(whole, sum(l for l, _ in parts), rtol=1e-5)
+
+
+def test_training_is_the_same_however_a_batch_is_cut(theirs, tmp_path):
+    seqs, losses, weights = [[(list(range(3, 3 + n)), 2)] for n in (40, 5, 9, 4)], [], []
+    for micro in (1, 4):
+        model, args = ours(theirs["llama2"][1]), args_of("--lora_r", 4, "--lora_dropout", 0, "--micro_batch", micro)
+        L.add_lora(model, args)
+        losses.append(L.train(model, seqs, 3, 1e-3, 4, tmp_path / f"{micro}.pt", args, "test"))
+        weights.append(torch.cat([p.detach().flatten() for p in L.lora_parameters(model).values()]))
+    assert abs(losses[0] - losses[1]) < 1e-4 and (weights[0] - weights[1]).abs().max() < 1e-4
 
 # ---- training: the whole script --------------------------------------------------------------------------------------------
 

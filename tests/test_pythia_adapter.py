@@ -407,6 +407,17 @@ def test_a_users_mistake_is_one_sentence(monkeypatch, tmp_path, capsys):
             assert "--model random:pythia-410m" in err
 
 
+def test_other_data_or_weights_under_the_same_name_are_another_adapter(tmp_path):
+    (tmp_path / "m").mkdir()
+    args, names = pa.get_args(["--dataset", str(tmp_path / "e.hdf5"), "--model", str(tmp_path / "m")]), set()
+    for data, weights in ((b"a", b"x"), (b"a", b"x"), (b"b", b"x"), (b"b", b"xy")):
+        (tmp_path / "e.hdf5").write_bytes(data)
+        if not (file := tmp_path / "m/model.safetensors").exists() or file.read_bytes() != weights:
+            file.write_bytes(weights)
+        names.add(pa.checkpoint(args).name)
+    assert len(names) == 3
+
+
 def test_a_loss_that_is_not_finite_names_its_step(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     obs, act, rew = np.zeros((2, 31, 17), np.float32), np.zeros((2, 30, 6), np.float32), np.zeros((2, 30), np.float32)
@@ -432,16 +443,18 @@ def test_the_comparison_says_what_each_command_printed_and_what_could_not_be_run
         commands.append([str(x) for x in command])
         return subprocess.CompletedProcess(command, 0, said.get(pathlib.Path(command[1]).name, ""))
     monkeypatch.setattr(pa.subprocess, "run", fake)
-    monkeypatch.setattr(sys, "argv", ["pythia_adapter.py", "--compare", "--targets", "300", "1200", "--seed", "3", "--max_steps", "500"])
+    monkeypatch.setattr(sys, "argv", ["pythia_adapter.py", "--compare", "--targets", "300", "1200", "--seed", "3", "--max_steps", "500",
+                                      "--steps", "70", "--tune_ln", "--dataset", "my.hdf5"])
     (tmp_path / "out").mkdir(exist_ok=True)
-    rag = lambda steps, mean: json.dumps(dict(script="rag_cheetah.py", flags=dict(llm="tiny", targets=[300.0, 1200.0], max_steps=steps),
-                                              metrics=dict(table=[[300.0, mean, 1.0, 0], [1200.0, mean, 2.0, 0]])))
-    (tmp_path / "out/results.jsonl").write_text("\n".join([rag(500, 7.0), rag(3, 8.0), '{"script": "rag_cheetah.py"}', '{"torn']) + "\n")
+    rag = lambda steps, mean, seed=3: json.dumps(dict(script="rag_cheetah.py", flags=dict(
+        llm="tiny", targets=[300.0, 1200.0], max_steps=steps, seed=seed, episodes=10, dataset="my.hdf5"), metrics=dict(table=[[300.0, mean, 1.0, 0], [1200.0, mean, 2.0, 0]])))
+    (tmp_path / "out/results.jsonl").write_text("\n".join([rag(500, 7.0), rag(3, 8.0), rag(500, 9.0, seed=4), '{"script": "rag_cheetah.py"}', '{"torn']) + "\n")
     common.run(pa.main)
     out = capsys.readouterr().out
     assert [pathlib.Path(c[1]).name for c in commands] == ["dt_cheetah.py", "pythia_adapter.py", "pythia_adapter.py", "rag_cheetah.py"]
     assert all(c[c.index("--seed") + 1] == "3" and c[c.index("--targets") + 1:] == ["300.0", "1200.0"] for c in commands)
     assert all(c[c.index("--max_steps") + 1] == "500" for c in commands) and commands[1][2:4] == ["--model", "random:pythia-70m"]
+    assert all(("--steps" in c and "--tune_ln" in c) == ("pythia" in c[1]) and c[c.index("--dataset") + 1] == "my.hdf5" for c in commands)
     rows = {line[:34].strip(): line[34:].split() for line in out.splitlines() if line[:34].strip()}
     assert rows["DT, reward rate"] == "301 +- 1 -1200 +- 2 728,582 54".split()
     assert rows["behaviour cloning"] == "1700 +- 900 1650 +- 1000 727,302 51".split()

@@ -1,5 +1,5 @@
 """rag_cheetah.py: the search against brute force, the prompt against the original's, a server on this machine with every fault."""
-import collections, json, os, re, signal, subprocess, sys, threading, time
+import gc, collections, json, os, re, signal, subprocess, sys, threading, time
 
 import numpy as np
 import pytest
@@ -286,6 +286,19 @@ def test_a_dead_endpoint_ends_in_a_sentence(serve, go, capsys):
     with pytest.raises(SystemExit) as e:
         go(server, "--episodes", 1, "--max_steps", 100, "--parallel", 1, "--retries", 2, "--timeout", 0.5)
     assert e.value.code == 2 and "does not answer" in capsys.readouterr().err
+
+
+def test_what_nobody_answered_is_asked_again(serve, go, capsys):
+    """A server that is down for a while spoils nothing: what has no answer is written down only once another has one."""
+    up = []
+    server = serve(lambda h, body: h.reply(steady(body["messages"][1]["content"])) if up else h.send("{}", 503))
+    flags = ["--episodes", 2, "--max_steps", 10, "--retries", 1]
+    with pytest.raises(SystemExit):
+        go(server, *flags)
+    assert "does not answer" in capsys.readouterr().err and len(server.bodies) <= 8
+    up.append(True), gc.collect()                                           # the first run's journal lets go of its file
+    m, lines = go(server, *flags)
+    assert (m["good"], m["fallback"], m["faults"]) == (20, 0, {}) and all(x.get("reply", 1) for x in lines)
 
 
 def test_no_request_beyond_max_cost(serve, go, capsys):

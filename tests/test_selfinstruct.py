@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
+import common
 import selfinstruct as si
 from conftest import ROOT, completion
 
@@ -676,10 +677,69 @@ def test_alone_in_an_empty_folder(tmp_path):
     assert script(["--guides", "g"], tmp_path, tmp_path / "selfinstruct.py")[0] == 0
 
 
+def run_main(monkeypatch, *flags):
+    monkeypatch.setattr(sys, "argv", ["selfinstruct.py", *map(str, flags)])
+    common.run(si.main)
+
+
+def test_a_plan_and_a_teacher_who_is_not_there_leave_the_files_as_they_were(tmp_path, monkeypatch, one_guide, serve, capsys):
+    monkeypatch.setattr(si, "PAUSE", 0.01)
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.chdir(tmp_path)
+    run_main(monkeypatch, "--guides", one_guide, "--out", "o", "--smoke", "--grounded", 0)
+    before = {p.name: p.read_bytes() for p in (tmp_path / "o").iterdir() if p.suffix in (".jsonl", ".txt", ".html") and p.name != "journal.jsonl"}
+    assert before["train.jsonl"]
+    server = serve(lambda h, body: h.send("{}", 502))                       # may have been billed: the budget goes, unanswered
+    teacher = ["--guides", one_guide, "--out", "o", "--smoke", "--teacher", "t", "--price_in", 15, "--price_out", 75, "--retries", 3]
+    run_main(monkeypatch, *teacher, "--max_cost", 0, "--api_base", server.url + "/v1")
+    assert "no file was written" in capsys.readouterr().out and not server.bodies
+    with pytest.raises(SystemExit) as e:
+        run_main(monkeypatch, *teacher, "--max_cost", 0.5, "--api_base", server.url + "/v1")
+    assert e.value.code == 2 and "fails: HTTP 502" in capsys.readouterr().err
+    assert before == {name: (tmp_path / "o" / name).read_bytes() for name in before}
+
+
+@pytest.mark.parametrize("base", ["localhost:8000/v1", "ftp://host/v1", "http://", "http://u:p@h/v1"])
+def test_an_address_that_is_none_costs_nothing(base, monkeypatch, tmp_path, one_guide, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as e:
+        run_main(monkeypatch, "--guides", one_guide, "--teacher", "t", "--api_base", base, "--price_in", 1, "--price_out", 1)
+    assert e.value.code == 2 and "--api_base takes" in capsys.readouterr().err and not list(tmp_path.glob("out/**/journal.jsonl"))
+
+
+def test_what_was_never_sent_is_free():
+    import types
+    for base in ("http://[::1", "https://127.0.0.1:9/v1", "http://127.0.0.1:9/v1"):
+        got = common.post(types.SimpleNamespace(api_base=base, timeout=2.0), KEY, "k", dict(messages=[], max_tokens=1))
+        assert got["free"] and KEY not in str(got)
+
+
+def test_a_server_that_does_not_count_costs_no_more_than_was_allowed(tmp_path, serve, one_guide):
+    def silent(handler, body):
+        text = "Q: Wo ist der K\u00f6nig?\nA: " + "\u00fc" * 5000
+        handler.send(json.dumps(dict(choices=[dict(message=dict(content=text), finish_reason="length")])))
+    teacher, jobs = in_process(serve(silent), one_guide, tmp_path, price_in=10, price_out=1000, max_tokens=100)
+    teacher.ask(jobs[:3], "pairs")
+    assert 0 < teacher.book.spent <= sum(teacher.bound(job)[0] for job in jobs[:3])
+
+
+def test_a_key_that_is_no_secret_is_no_part_of_words():
+    assert common.hide("six knights, none lost", "x") == common.hide("six knights, none lost", "none") == "six knights, none lost"
+    assert common.hide(f"say {KEY}!", KEY) == "say [key]!" and common.hide("sk-abcdefgh12", "") == "[key]"
+
+
+def test_a_name_that_no_guide_has_and_an_empty_word(tmp_path, monkeypatch, one_guide, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as e:
+        run_main(monkeypatch, "--guides", one_guide, "--smoke", "--chunks_for", "kngi=4,1,2,9")
+    assert e.value.code == 2 and "kngi" in capsys.readouterr().err
+    args = si.get_args(["--blacklist", ""])
+    assert si.unfit(dict(q="Where is the king of this board?", a="Here."), [si.name_pattern("king")], args) is None
+
+
 @pytest.mark.parametrize("flags", ["--passes 0", "--rouge nan", "--max_cost nan", "--max_cost -1", "--chunks_min 9 --chunks_max 3", "--heldout 1",
                                    "--context 100", "--chunks_for fox=1,2", "--chunks_for fox=nan,1,1,2", "--chunks_for fox=3,1,0,2", "--chunks_for fox=1.2.3,1,1,2", "--chunks_for fox=45,3,50,35", "--question_words 10 3", "--teacher gpt", "--parallel x",
-                                   "--teacher gpt --price_in 1", "--teacher gpt --price_in -1 --price_out 1", "--unknown", "--pass 3",
-                                   "--api_base http://u:p@h/v1"])
+                                   "--teacher gpt --price_in 1", "--teacher gpt --price_in -1 --price_out 1", "--unknown", "--pass 3"])
 def test_wrong_flags_end_in_a_sentence(flags, capsys):
     with pytest.raises(SystemExit) as e:
         arguments(*flags.split())

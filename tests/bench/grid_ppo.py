@@ -54,7 +54,7 @@ def table(rows, seeds, columns):
     for label, flags in rows.items():
         m = [one(f"{flags} --seed {s}") for s in range(seeds)]
         reward = [x["reward"] for x in m]
-        print(f"| {label} | {np.mean(reward):.3f} | {min(reward):.3f} | " + " | ".join(f"{np.mean([x[c] for x in m]):.3g}" for c in columns) + " |", flush=True)
+        print(f"| {label} | {np.mean(reward):.3f} | {min(reward):.3f} | " + " | ".join(f"{np.mean([x.get(c, np.nan) for x in m]):.3g}" for c in columns) + " |", flush=True)
 
 
 def blind(prompt_len):

@@ -13,6 +13,7 @@ Not handled: characters outside printable ASCII; fields with holes in their rim;
 """
 import collections, hashlib, json, math, os, pathlib, re, sys, time
 
+import common                       # before torch: it says how torch's threads wait
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -20,7 +21,6 @@ import torch.nn as nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-import common
 from common import sorry
 
 OUT, SAVE_EVERY = pathlib.Path("out"), 100

@@ -12,13 +12,13 @@ Not handled: targets above 5400 (asked for more, it runs as fast as it can); get
 """
 import functools, hashlib, json, math, pathlib, re, shutil, sys, time
 
+import common                       # before torch: it says how torch's threads wait
 import numpy as np
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-import common
 from common import Cheetahs, sorry
 
 S_DIM, A_DIM, T_DATA = 17, 6, 1000       # HalfCheetah-v5: observation, action, time limit in steps of 0.05 s (common.Cheetahs is many)

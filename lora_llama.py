@@ -15,6 +15,7 @@ Not handled: other architectures, biases, DoRA, chat templates, 4-bit head or em
 """
 import base64, collections, functools, hashlib, heapq, json, math, os, pathlib, re, shutil, sys, time, types
 
+import common                       # before torch: it says how torch's threads wait
 import numpy as np
 import torch
 import torch.nn as nn
@@ -22,7 +23,6 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-import common
 from common import find_tensors, read_json, read_jsonl, read_safetensors, reading, sorry, write_json, write_safetensors
 
 DATA = pathlib.Path(__file__).resolve().parent / "data"
@@ -536,12 +536,13 @@ def load_model(folder, dtype="auto", four_bit=False, double=True, device="cpu"):
         fits or sorry(f"{name} in {x.path} is {x.dtype} {(q or x).shape}; floats of {tuple(p.shape)} were expected")
         if four_bit and owner in inner.values() and not q:
             w = x.tensor().to(device)
-            q, part = quantize_nf4(w, double), w[:1 + (1 << 20) // w.size(1)]                   # a million weights tell enough:
-            error = (dequantize_nf4(quantize_nf4(part, double), torch.float32) - part.float()).abs()
-            worst, off, seen = max(worst, error.max().item()), off + error.sum().item(), seen + part.numel()
+            q, n = quantize_nf4(w, double), min(w.numel(), 1 << 20)                             # a million weights of each tell enough
+            part = q._replace(packed=q.packed[:(n + 1) // 2], absmax=q.absmax[:-(-n // BLOCK)], shape=(n,))
+            error = (dequantize_nf4(part, torch.float32) - w.reshape(-1)[:n].float()).abs()
+            worst, off, seen = max(worst, error.max().item()), off + error.sum().item(), seen + n
         owner.q, owner.weight = q, None if q else nn.Parameter(x.tensor().to(device, dtype, copy=True), False)
-    size, n = sum(m.q.nbytes() if m.q else m.weight.nbytes for m in inner.values()), sum(math.prod(m.shape) for m in inner.values())
-    print(f"loaded {folder} in {time.time() - tic:.1f} s: {8 * size / n:.3f} bits per linear weight"
+    size = sum(m.q.nbytes() if m.q else m.weight.nbytes for m in inner.values())
+    print(f"loaded {folder} in {time.time() - tic:.1f} s: {8 * size / sum(math.prod(m.shape) for m in inner.values()):.3f} bits per linear weight"
           + f"; NF4's error in the first million weights of each matrix: at most {worst:.4g}, {off / max(1, seen):.4g} on average" * bool(seen))
     return model.eval()
 
@@ -792,8 +793,7 @@ def main():
                 part.write_text(text, "utf-8", "replace")
         args.merge == "off" or save_merged(*merged)
         args.epochs > 0 and (out / "train.pt").unlink()         # all is written: the next run starts anew
-        wrote = args.epochs > 0 or asked or args.merge != "off"
-        print(f"{out} now holds {', '.join(sorted(p.name for p in out.iterdir()))}" if wrote else "nothing written")
+        print(f"{out} now holds {', '.join(sorted(os.listdir(out)))}" if args.epochs > 0 or asked or args.merge != "off" else "nothing written")
         common.log_result("lora_llama.py", args, time.time() - tic, metrics)
 
 if __name__ == "__main__":

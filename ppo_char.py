@@ -14,13 +14,13 @@ Not handled: prompts longer than --prompt_len tokens (their end is kept); reward
 """
 import collections, copy, functools, hashlib, json, math, pathlib, re, sys, time
 
+import common                       # before torch: it says how torch's threads wait
 import numpy as np
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-import common
 from common import sorry
 
 PAD, BOS, EOS, UNK = range(4)

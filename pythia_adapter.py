@@ -15,13 +15,13 @@ Not handled: other architectures than GPT-NeoX; dropout; targets above 2400 were
 """
 import contextlib, hashlib, json, math, pathlib, re, subprocess, sys, time
 
+import common                       # before torch: it says how torch's threads wait
 import numpy as np
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-import common
 from common import Cheetahs, sorry
 
 S_DIM, A_DIM, T_DATA = 17, 6, 1000       # HalfCheetah-v5: observation, action, time limit in steps of 0.05 s

@@ -15,11 +15,11 @@ Not handled: models that refuse temperature or max_tokens; replies in pieces (st
 """
 import concurrent.futures, hashlib, json, pathlib, queue, re, sys, threading, time
 
+import common                       # before torch: it says how torch's threads wait
 import numpy as np
 import torch
 from tqdm import tqdm
 
-import common
 from common import OPENAI, Cheetahs, Journal, post, read_key, sorry
 
 S_DIM, A_DIM, T_DATA = 17, 6, 1000       # HalfCheetah-v5: observation, action, time limit in steps of 0.05 s

@@ -6,6 +6,7 @@ from hypothesis import settings
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["MPLBACKEND"] = "Agg"
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")         # as common.py, before a test imports torch
 # the same examples in every run: a stranger's suite must not fail by its own draw. --hypothesis-profile default draws new ones
 settings.register_profile("same", derandomize=True)
 settings.load_profile("same")

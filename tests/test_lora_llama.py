@@ -492,6 +492,16 @@ def test_a_merge_into_weights_that_are_not_there_is_refused(theirs, tmp_path, ca
     assert "choose another --out" in capsys.readouterr().err and (source / "model.safetensors").read_bytes() == before
 
 
+@pytest.mark.parametrize("double", [True, False])
+def test_the_error_it_reports_is_the_error_it_makes(theirs, capsys, double):
+    """The matrices of this model are small: the first million weights of each are all of them."""
+    folder = theirs["llama2"][1]
+    model, found = L.load_model(folder, "float32", four_bit=True, double=double), L.find_tensors(folder)
+    errors = torch.cat([(L.dequantize_nf4(m.q, torch.float32) - found[f"{n}.weight"].tensor()).abs().flatten() for n, m in L.linears(model).items()])
+    said = re.search(r"at most ([\d.e-]+), ([\d.e-]+) on average", capsys.readouterr().out)
+    assert float(said[1]) == pytest.approx(errors.max().item(), rel=1e-3) and float(said[2]) == pytest.approx(errors.mean().item(), rel=1e-3)
+
+
 def test_auto_is_the_dtype_of_the_files_if_the_config_names_none(theirs, tmp_path):
     folder = shutil.copytree(theirs["llama2"][1], tmp_path / "m")
     config = json.loads((folder / "config.json").read_text())

@@ -66,6 +66,15 @@ def test_no_script_imports_another():
             assert not names & set(imported), script
 
 
+def test_common_comes_before_torch():
+    """It sets how torch's threads wait for each other, which torch asks but once."""
+    for script in SCRIPTS:
+        text = (ROOT / script).read_text()
+        assert "\nimport torch\n" not in text or text.index("\nimport common") < text.index("\nimport torch\n"), script
+    text = (ROOT / "common.py").read_text()
+    assert text.index("GOMP_SPINCOUNT") < text.index("\nimport torch\n")
+
+
 def test_importing_a_script_runs_nothing(tmp_path):
     for script in SCRIPTS:
         r = subprocess.run([sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {script[:-3]}"],

@@ -198,7 +198,8 @@ def example(g):
 
 
 def export(args, quotes):
-    """JSON lines {"prompt", "answer"} to train on, and of other mazes and quotes in <name>_heldout.jsonl. quotes: of both sides."""
+    """JSON lines {"prompt", "answer"} to train on, and of other seeds' mazes and other quotes in <name>_heldout.jsonl. quotes: of both
+    sides. With next to no walls (--bars 0 to 2) mazes repeat, and one may be on both."""
     path = pathlib.Path(args.export) if pathlib.Path(args.export).name else sorry(f"--export {args.export}: takes a file's name")
     for side, name in enumerate((path, path.with_name(f"{path.stem}_heldout{path.suffix}"))):
         with common.whole_file(name) as part, open(part, "w") as f:

@@ -5,7 +5,7 @@
 
 Measured (seed 0, one shared x86 core): the offline run makes 333 pairs to train on and 68 held out, of 4,820 raw ones, in 3 s of CPU.
 lora_llama.py's demo, tuned on them for 5 epochs: held-out loss per byte 6.27 before, 1.34 after; exact answers 0 before, 7 of 68 after,
-as many as guessing names would get: what a held-out paragraph says, no other does. Cleaning 30,000 synthetic rows: 8 s of CPU.
+as many as guessing names would get: what a held-out paragraph says, no other does. Cleaning 30,000 synthetic rows: 6 to 8 s of CPU.
 Self-Instruct (Wang et al. 2022, arXiv 2212.10560) for texts, after sangstar's Melee tutor (2023; 28,584 pairs, about $70): a teacher
 writes pairs from one chunk of a guide at a time; the number of chunks is drawn anew for every pass. Differs from them in: 1. the last
 chunk is used, too. 2. free filters run before paid ones. 3. paragraphs are held out before anything is asked. 4. answers must be

@@ -408,10 +408,11 @@ def checkpoint(args):
     """The adapter's file is named after all that shaped it: other flags make another, the same flags find it again."""
     shape = {k: getattr(args, k) for k in ("dataset model dtype adapter token_std random_std tune_ln condition context steps batch_size lr "
                                            "warmup weight_decay grad_clip seed").split()}
-    ladder = pathlib.Path(__file__).with_name("data") / "cheetah_ladder.npz"        # new gaits make another adapter
+    # new gaits, other data, other weights in the model's folder make another adapter
+    ladder = pathlib.Path(__file__).with_name("data") / "cheetah_ladder.npz"
     source = ladder if "cheetah_ladder" in args.dataset and ladder.exists() else pathlib.Path(args.dataset)
     data, weights = source.read_bytes() if source.is_file() else b"", []
-    if (folder := pathlib.Path(args.model)).is_dir():                               # and so do other weights in the folder, or other data
+    if (folder := pathlib.Path(args.model)).is_dir():
         weights = [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in sorted(folder.iterdir()) if p.is_file()]
     stamp = json.dumps([shape, weights] if weights else shape).encode() + data
     return OUT / f"pythia_adapter_{hashlib.sha256(stamp).hexdigest()[:8]}.pt"

@@ -227,7 +227,11 @@ class Cheetahs:
     model = None
 
     def __init__(self, n):
-        import mujoco, mujoco.rollout
+        try:
+            import mujoco, mujoco.rollout
+        except Exception:                   # $MUJOCO_GL may name an OpenGL that is not here; physics needs none
+            os.environ["MUJOCO_GL"] = "disable"
+            import mujoco, mujoco.rollout
         if Cheetahs.model is None:
             import gymnasium            # its file alone: its own renderer, and what that needs, stays out
             xml = pathlib.Path(gymnasium.__file__).parent / "envs/mujoco/assets/half_cheetah.xml"
@@ -539,11 +543,13 @@ def cheetah_capsules(model, data):
 def draw_episode(model, diary, renderer="numpy"):
     """diary: (qpos (9,), return so far, target) per step of 0.05 s -> frames (352, 640, 3) uint8 of HalfCheetah, by SideView or,
     where OpenGL works, by MuJoCo's own renderer. model: the MjModel."""
-    import mujoco
+    import mujoco, warnings
     view, data, gl = SideView(), mujoco.MjData(model), None
     if renderer == "mujoco":
         try:
-            gl = mujoco.Renderer(model, view.h, view.w)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")     # GLFW's, in four lines
+                gl = mujoco.Renderer(model, view.h, view.w)
         except Exception as e:                      # no GL library, no display, no device: each its own error
             print(f"no OpenGL here ({type(e).__name__}): drawing with numpy instead", file=sys.stderr)
     for step, (qpos, earned, target) in enumerate(diary):

@@ -562,6 +562,15 @@ def test_a_users_mistake_is_one_sentence(alone, flags):
     refused(alone("dt_cheetah.py", "--smoke", *flags, files=ALONE))
 
 
+def test_an_opengl_that_is_not_here_is_one_sentence(alone):
+    """Servers export MUJOCO_GL for all programs; mujoco cannot even be imported if it names what is missing."""
+    r = alone("dt_cheetah.py", "--smoke", "--steps", "1", "--max_steps", "20", "--video_steps", "3", "--renderer", "mujoco", files=ALONE,
+              env=dict(os.environ, MUJOCO_GL="nothing"))
+    said = [x for x in r.stderr.splitlines() if x.strip() and "\r" not in x and "it/s" not in x]
+    assert r.returncode == 0 and len(said) == 1 and said[0].startswith("no OpenGL here"), r.stderr
+    assert (alone.folder / "out/dt_cheetah_1200.mp4").stat().st_size > 1000
+
+
 def test_other_data_under_the_same_name_is_another_model(tmp_path):
     args = dt.get_args(["--dataset", str(tmp_path / "my.hdf5")])
     names = set()

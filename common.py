@@ -55,6 +55,8 @@ class Flags(argparse.ArgumentParser):
 
 def run(main):
     """Call main(); Ctrl-C, a full disk, a missing file or package end in a sentence, not in a traceback."""
+    if hasattr(sys.stdout, "reconfigure"):          # a console that lacks a letter shows a question mark
+        sys.stdout.reconfigure(errors="replace")
     try:
         main()
     except KeyboardInterrupt:

@@ -728,6 +728,16 @@ def test_a_key_that_is_no_secret_is_no_part_of_words():
     assert common.hide(f"say {KEY}!", KEY) == "say [key]!" and common.hide("sk-abcdefgh12", "") == "[key]"
 
 
+def test_a_console_without_the_letters_shows_question_marks(tmp_path):
+    (tmp_path / "g").mkdir()
+    text = "\n\n".join(f"The k\u00f6nig steps to square {words(i)} and rests there for move {i}." for i in range(30))
+    (tmp_path / "g/k\u00f6nig.md").write_text(text, encoding="utf-8")
+    r = subprocess.run([sys.executable, ROOT / "selfinstruct.py", "--smoke", "--guides", tmp_path / "g", "--out", tmp_path / "o", "--grounded", "0"],
+                       env=dict(os.environ, PYTHONIOENCODING="ascii"), cwd=tmp_path, capture_output=True, text=True)
+    assert r.returncode == 0 and "result selfinstruct.py" in r.stdout and "Traceback" not in r.stderr, r.stderr
+    assert "k?nig" in r.stdout and "k\u00f6nig" in (tmp_path / "o/report.txt").read_text(encoding="utf-8")
+
+
 def test_a_name_that_no_guide_has_and_an_empty_word(tmp_path, monkeypatch, one_guide, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as e:

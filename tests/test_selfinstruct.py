@@ -720,7 +720,7 @@ def test_a_server_that_does_not_count_costs_no_more_than_was_allowed(tmp_path, s
         handler.send(json.dumps(dict(choices=[dict(message=dict(content=text), finish_reason="length")])))
     teacher, jobs = in_process(serve(silent), one_guide, tmp_path, price_in=10, price_out=1000, max_tokens=100)
     teacher.ask(jobs[:3], "pairs")
-    assert 0 < teacher.book.spent <= sum(teacher.bound(job)[0] for job in jobs[:3])
+    assert 0 < teacher.book.spent <= sum(teacher.bound(job)[0] for job in jobs[:3]) + 1e-12        # three answers add up in any order
 
 
 def test_a_key_that_is_no_secret_is_no_part_of_words():

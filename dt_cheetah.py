@@ -325,7 +325,7 @@ def collect(args, path):
     obs, act, rew = (np.concatenate([p[k] for p in parts]) for k in ("obs", "act", "rew"))
     print(f"collected: {len(rew)} of {len(files) * n} episodes stayed on their feet")
     common.write_episodes(path, obs, act, rew)
-    shutil.rmtree(folder, ignore_errors=True)
+    any(folder.glob("*.unfinished-*")) or shutil.rmtree(folder, ignore_errors=True)        # unless another run is still at it
 
 
 def find_dataset(args):

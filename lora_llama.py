@@ -773,7 +773,7 @@ def main():
         held, taught = rows[:(n := min(len(rows) - 1, math.ceil(args.held_out * len(rows))))], rows[n:]
         packed, held_packed = (pack(tokenize(part, tok), args.block_size, rng) for part in (taught, held))
         packed or sorry(f"--block_size {args.block_size} is shorter than every prompt in {args.data}")
-        cut = sum(ids[-1:] != tok.eos[:1] for seq in packed for ids, _ in seq)          # the others' prompts leave no room for an answer
+        cut = sum(ids[-1:] != tok.eos[:1] for seq in packed for ids, _ in seq)          # their EOS is lost; of those left out the prompt fills T
         print(f"data: {sum(map(len, packed))} of {len(taught)} examples, {cut} of them cut short, in {len(packed)} sequences of up to "
               f"{args.block_size} tokens; {len(held)} held out")
         shown = held or taught[:2]

@@ -14,6 +14,7 @@ Not handled: characters outside printable ASCII; fields with holes in their rim;
 import collections, hashlib, json, math, os, pathlib, re, sys, time
 
 import common                       # before torch: it says how torch's threads wait
+from common import sorry
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -21,22 +22,21 @@ import torch.nn as nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from common import sorry
-
 OUT, SAVE_EVERY = pathlib.Path("out"), 100
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")      # shapes change with every batch: its kernels for 1,024 take gigabytes
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")      # one kernel per shape, and each batch brings new ones: 1,024 take gigabytes
 GLYPHS = " |-+"                                     # a cell's flags: 1 a vertical wall, 2 a horizontal one, 3 a crossing
 DIRECTIONS = dict(NE=(-1, 1), NW=(-1, -1), SE=(1, 1), SW=(1, -1))           # (row, column); rows count downwards
 STEP = np.array(list(DIRECTIONS.values()))
-# the vocabulary: 16 moves (4 headings, do row and column stay), 95 characters, marks; a wall is WALL + flag; PLAIN, NEWLINE: for tests/
+# token ids: 16 moves (4 headings x does the row stay x does the column), 95 characters, marks, walls (WALL + flag); the 9 from PLAIN on and
+# NEWLINE serve tests/bench/compare_bounce.py alone
 MOVE, PLAIN, CHAR, END, PAD, NULL, WALL, CELL, NEWLINE, VOCAB = 0, 16, 25, 120, 121, 122, 122, 126, 127, 128
 SIGN = np.array(list("?" * CHAR + "".join(map(chr, range(32, 127))) + "???" + GLYPHS[1:] + "??"))       # how a token looks in a grid
 characters = lambda text: [CHAR + ord(x) - 32 for x in text]           # its tokens
 # what a token adds to the pen's place, (VOCAB, 2) rows and columns: moves alone add anything, and this is all that the harness knows
-SHIFT = np.concatenate([(STEP[:, None] * np.array([(1, 1), (1, 0), (0, 1), (0, 0)])).reshape(16, 2), np.zeros((VOCAB - 16, 2), int)])
+SHIFT = np.zeros((VOCAB, 2), int)
+SHIFT[:16] = (STEP[:, None] * [(1, 1), (1, 0), (0, 1), (0, 0)]).reshape(16, 2)
 
 # ---- flags -----------------------------------------------------------------------------------------------------------------
-
 def get_args(argv=None):
     p = common.Flags(__doc__)
     # the game: Shimmin's sizes
@@ -74,9 +74,8 @@ def get_args(argv=None):
     p.flag("export_games", [10000, 1000], "how many to train on and to hold out, of other quotes and other seeds", nargs=2, type=int)
     p.flag("score", None, "measure the completions that any model gave to such prompts, and end", metavar="FILE.jsonl")
     p.flag("smoke", False, "the same path with tiny numbers, under a minute")
-    if "--smoke" in (sys.argv if argv is None else argv):
-        p.set_defaults(steps=20, warmup=5, mazes=2, balls=2, games=10, height=[9, 10], width=[14, 16], n_embd=64, export_games=[20, 5])
-    args = p.parse_args(argv)
+    args = p.parse_args(argv, smoke=dict(steps=20, warmup=5, mazes=2, balls=2, games=10, height=[9, 10], width=[14, 16], n_embd=64,
+                                         export_games=[20, 5]))
     if args.n_embd % (16 * args.n_head):
         p.error("argument --n_embd: must be a multiple of 16 per head, for the rotary pairs to be shared among three axes")
     if not all(low <= high for low, high in (args.height, args.width)):
@@ -84,7 +83,6 @@ def get_args(argv=None):
     return args
 
 # ---- the maze and its physics ----------------------------------------------------------------------------------------------
-
 def maze(rng, H, W, bars):
     """A field (H, W) of flags, uint8: its rim, and Poisson(bars) bars of each orientation, from 2 to 3/4 of the side long, no two of
     one orientation side by side; a bar that finds no room in 5 tries is left out. Shimmin's generator."""
@@ -102,7 +100,6 @@ def maze(rng, H, W, bars):
                     break
     return field
 
-
 def bounce(wall, r, c, dr, dc):
     """One step of N balls. wall(r, c) -> (N,) bool; r, c, dr, dc: (N,) ints -> the same after the step.
 
@@ -118,7 +115,6 @@ def bounce(wall, r, c, dr, dc):
     flip_r, flip_c = np.where(X, V | ~H, V & H), np.where(X, H | ~V, V & H)
     return np.where(flip_r, r, r + dr), np.where(flip_c, c, c + dc), np.where(flip_r, -dr, dr), np.where(flip_c, -dc, dc)
 
-
 def paths(fields, r, c, d, T):
     """T steps of the balls at r, c (M, n), n in each of the fields (M, H, W), that set out in direction d (index into DIRECTIONS).
     -> rows, columns and headings (as d), (M, n, T+1) each; a ball bounced where its heading changes."""
@@ -129,10 +125,9 @@ def paths(fields, r, c, d, T):
         path.append((r, c, 2 * (dr > 0) + (dc < 0)))
     return np.array(path).transpose(1, 2, 3, 0)
 
-
 def make_games(rng, M, n, quotes, height, width, bars, noise_texts=0.0):
-    """M mazes, n balls in each, one text a maze. -> dict: fields (M, H, W), walls outside a smaller maze's own H, W (M,); texts;
-    R, C, D (M, n, T+1): where the ball is and where it is heading. quotes: sorted by length."""
+    """M mazes, n balls in each, one text a maze. -> dict: H, W (M,), the mazes' sizes; fields (M, max H, max W), all wall beyond a maze's own
+    size; texts; R, C, D (M, n, T+1), the balls' rows, columns and headings. quotes: sorted by length."""
     H, W = (rng.integers(lo, hi + 1, M) for lo, hi in (height, width))
     fields = np.ones((M, H.max(), W.max()), np.uint8)
     for m in range(M):
@@ -153,7 +148,6 @@ def make_games(rng, M, n, quotes, height, width, bars, noise_texts=0.0):
     R, C, D = paths(fields, r, c, d, max(map(len, texts)))
     return dict(fields=fields, H=H, W=W, texts=texts, R=R, C=C, D=D)
 
-
 def drawn(field, R, C, text):
     """The field as tokens (H, W), with text written along R, C: the last letter wins, a space leaves the cell as it was."""
     grid = np.where(field, WALL + field, CHAR)                          # a blank cell is a space
@@ -163,11 +157,9 @@ def drawn(field, R, C, text):
     return grid
 
 # ---- quotes, and Shimmin's text format -------------------------------------------------------------------------------------
-
-def split_quotes(quotes):
-    """-> (train, held out): every tenth by length is never trained on."""
-    return [x for i, x in enumerate(quotes) if i % 10 != 5], quotes[5::10]
-
+def split_quotes(texts):
+    """-> (to train on, held out): a tenth, of all lengths, is never trained on."""
+    return [x for i, x in enumerate(texts) if i % 10 != 5], texts[5::10]
 
 def one_game(lines, direction, text):
     """A field drawn as lines, with a * in it -> a single game as make_games makes them (M = n = 1). ValueError says what is wrong."""
@@ -182,20 +174,19 @@ def one_game(lines, direction, text):
         raise ValueError(f"the field has {len(at)} starts (*), not one")
     if (np.concatenate([flags[0], flags[-1], flags[:, 0], flags[:, -1]]) < 1).any():
         raise ValueError("the field's rim has a hole (or the * stands on it): the ball would get out")
-    fields, (H, W), d = flags.clip(0).astype(np.uint8)[None], flags.shape, list(DIRECTIONS).index(direction)
-    R, C, D = paths(fields, *(np.array([[x]]) for x in (*at[0], d)), len(text))
-    return dict(fields=fields, H=np.array([H]), W=np.array([W]), texts=[text], R=R, C=C, D=D)
-
+    fields = flags.clip(0).astype(np.uint8)[None]
+    r, c, d = (np.array([[x]]) for x in (*at[0], list(DIRECTIONS).index(direction)))        # one maze, one ball
+    R, C, D = paths(fields, r, c, d, len(text))
+    return dict(fields=fields, H=np.array([len(flags)]), W=np.array([flags.shape[1]]), texts=[text], R=R, C=C, D=D)
 
 def example(g):
     """A single game in Shimmin's text format; the answer is the grid with the text written along the path."""
     field, R, C, text = g["fields"][0], g["R"][0, 0], g["C"][0, 0], g["texts"][0]
-    start, end = ("```\n" + "\n".join(map("".join, SIGN[drawn(field, *x)])) + "\n```" for x in ((R[:1], C[:1], "*"), (R, C, text)))
+    fenced = lambda *path: "```\n" + "\n".join("".join(row) for row in SIGN[drawn(field, *path)]) + "\n```"
     return dict(prompt="A ball starts at the * and moves diagonally through the playing field, one cell per step. Walls reflect it. Each "
                 "step writes the next character of the reference text; a space leaves the cell as it was, a later character overwrites "
                 f"an earlier one.\n\n### Starting direction:\n{list(DIRECTIONS)[g['D'][0, 0, 0]]}\n\n### Reference text:\n{text}\n\n"
-                f"### Playing field:\n{start}\n\n### Answer:\n", answer=end)
-
+                f"### Playing field:\n{fenced(R[:1], C[:1], '*')}\n\n### Answer:\n", answer=fenced(R, C, text))
 
 def export(args, quotes):
     """JSON lines {"prompt", "answer"} to train on, and of other seeds' mazes and other quotes in <name>_heldout.jsonl. quotes: of both
@@ -208,44 +199,86 @@ def export(args, quotes):
                 f.write(json.dumps(example(g)) + "\n")
         print(f"wrote {args.export_games[side]} games to {name}")
 
-
 def score(path):
     """JSON lines {"prompt", "completion"} of any model -> counts and rates; what cannot be compared is counted by what is wrong."""
-    with common.reading(path):
-        lines = [x for x in pathlib.Path(path).read_text(encoding="utf-8").split("\n") if x.strip()] or sorry(f"{path} has no completions")
-    rates, wrong = collections.defaultdict(list), collections.Counter()
-    for line in lines:
+    rows, rates, wrong = common.read_jsonl(path, ("prompt", "completion")), collections.defaultdict(list), collections.Counter()
+    for row in rows:
+        m = re.search(r"direction:\n(.*?)\n\n### Reference text:\n(.*?)\n\n### Playing field:\n```\n(.*?)\n```", row["prompt"], re.S)
         try:
-            row = json.loads(line)
-            m = re.search(r"direction:\n(.*?)\n\n### Reference text:\n(.*?)\n\n### Playing field:\n```\n(.*?)\n```", row["prompt"], re.S)
             g = one_game(m[3].split("\n"), m[1], m[2])
-            fence = re.search(r"```[^\n]*\n(.*?)\n?(```|$)", row["completion"], re.S)             # the last fence may have been cut off
-        except (ValueError, TypeError, KeyError, RecursionError):       # of JSON; of a regex that finds nothing; of one_game
-            wrong["no JSON with a prompt of --export's form and a completion"] += 1
+        except (TypeError, ValueError):                                 # nothing was found (m is None); it is no game
+            wrong["no prompt of --export's form"] += 1
             continue
+        fence = re.search(r"```[^\n]*\n(.*?)\n?(```|$)", row["completion"], re.S)                # the last fence may have been cut off
         field, R, C, text = g["fields"][0], g["R"][0, 0], g["C"][0, 0], g["texts"][0]
-        want, rows = SIGN[drawn(field, R, C, text)], fence[1].split("\n") if fence else []
-        if [len(x) for x in rows] != [len(x) for x in want]:
+        want, got = SIGN[drawn(field, R, C, text)], fence[1].split("\n") if fence else []
+        if [len(x) for x in got] != [len(x) for x in want]:
             wrong["a grid of another size" if fence else "no fenced grid"] += 1
             continue
-        same, letter = np.array([list(x) for x in rows]) == want, (field == 0) & (want != " ")
+        same, letter = np.array([list(x) for x in got]) == want, (field == 0) & (want != " ")
         rates["exact_grid"].append(same.all())
         rates["walls"].append(same[field > 0].all())
         if letter.any():
             rates["letters"].append(same[letter].mean())
-        if want[R[1], C[1]] == text[1:2].strip():   # unless a space, or overwritten later: is the second letter where the direction says?
+        if want[R[1], C[1]] == text[1:2] != " ":    # where the second letter stands, if it can still be seen, tells the direction
             rates["direction"].append(same[R[1], C[1]])
     exact = rates.pop("exact_grid", [])             # of all completions; the other rates are of those that could be compared
-    return dict(completions=len(lines), compared=len(exact), wrong=dict(wrong), exact_grid=sum(exact) / len(lines),
+    return dict(completions=len(rows), compared=len(exact), wrong=dict(wrong), exact_grid=sum(exact) / len(rows),
                 **{name: round(float(np.mean(x)), 4) for name, x in rates.items()})
 
-# ---- model -----------------------------------------------------------------------------------------------------------------
+# ---- the idea: a token stands where the pen is -------------------------------------------------------------------------------
+# What the ball does next depends on what stands around it. So a token's position is not its place in a line of text, but the (row, column,
+# time) of the pen that writes it; a wall's, in the memory, is its (row, column). Rotary attention sees differences of positions: "is there
+# a wall one up and one to the right?" is then the same question anywhere in any maze, and "which letter is due?" at any time. In the grid
+# read as text, what stands one row up stands W + 1 characters back: another number in every maze.
 
+def pen(g):
+    """Games g, as make_games makes them -> move and letter for every step, and the end: ids (M, n, 2T+2), pos (M, n, 2T+2, 3).
+
+        token        SE      I       SE      '       SE      m      ...     PAD after the end
+        position    start  start   there   there   there'  there'           a move stands where it has led to
+    The first move is the direction of the prompt, said as any other, as if it had led to the start: a token of its own would have to
+    learn all about walls again, from one step a game (it did: the first move was wrong in 26% of the small mazes, the others in 1%).
+    """
+    R, C, D, time = g["R"], g["C"], g["D"], np.arange(2 * g["R"].shape[2]) // 2
+    # in a corridor one cell wide the ball bounces at every step and its displacement is (0, 1), (0, 1), ...: which way it is heading can
+    # only be known by counting. a move that says its heading leaves nothing to count
+    move = MOVE + 4 * D[..., 1:] + 2 * (np.diff(R) == 0) + (np.diff(C) == 0)                # (M, n, T)
+    ids = np.full((*R.shape[:2], len(time)), PAD)
+    ids[..., 0] = MOVE + 4 * D[..., 0]
+    for m, text in enumerate(g["texts"]):
+        end = 2 * len(text) + 1
+        ids[m, :, 1:end:2] = characters(text)
+        ids[m, :, 2:end:2] = move[m, :, :len(text)]
+        ids[m, :, end] = END
+    pos = np.stack([R[..., time], C[..., time], np.broadcast_to(time, ids.shape)], 3) * (ids != PAD)[..., None]
+    return ids, pos.astype(np.float32)
+
+def memory_of(g, decoys=0, rng=None):
+    """What all games in a maze may read -> ids (M, K), pos (M, K, 3), sort (M, K), -1 where a maze has less: nothing (to look at where
+    there is no wall), the walls, the text and its end. decoys: so many walls more, anywhere outside the maze within 160 cells: rotary
+    waves that fit at distances never met in training would be taken for walls nearby, and larger mazes fail."""
+    block = lambda id, row, column, time, sort: np.stack(np.broadcast_arrays(id, row, column, time, sort), 1)            # (k, 5)
+    rows = []
+    for field, H, W, text in zip(g["fields"], g["H"], g["W"], g["texts"]):
+        at = np.argwhere(field[:H, :W])
+        flag = field[tuple(at.T)]
+        if decoys:
+            far = rng.integers(-160, 161, (decoys, 2)) + [H // 2, W // 2]
+            far = far[((far < -1) | (far > [H, W])).any(1)]
+            at, flag = np.concatenate([at, far]), np.append(flag, rng.integers(1, 4, len(far)))
+        rows.append(np.concatenate([block([NULL], 0, 0, 0, 0), block(WALL + flag, *at.T, 0, 1),
+                                    block(characters(text) + [END], 0, 0, np.arange(len(text) + 1), 2)]))
+    table = np.full((len(rows), max(map(len, rows)), 5), [NULL, 0, 0, 0, -1])
+    for m, row in enumerate(rows):
+        table[m, :len(row)] = row
+    return table[..., 0], table[..., 1:4].astype(np.float32), table[..., 4]
+
+# ---- model -----------------------------------------------------------------------------------------------------------------
 def rotate(x, cos, sin):
     """x (..., T, hs), cos and sin (..., T, hs/2): each pair of dimensions (i, i + hs/2) turned by its angle (RoPE, arXiv 2104.09864)."""
     a, b = x.chunk(2, -1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
-
 
 class Attention(nn.Module):
     """One softmax over the game's own past and the memory of its maze, which n games share and nobody writes to."""
@@ -276,7 +309,6 @@ class Attention(nn.Module):
         y = (far.flatten(2, 3) @ mv).view(v.shape[:3] + (T, -1)) + own @ v             # (M, nh, n, T, hs)
         return self.proj(y.permute(0, 2, 3, 1, 4).flatten(3)), (k, v)
 
-
 class Block(nn.Module):
     """Pre-norm; squared ReLU (arXiv 2109.08668), which trains a little faster than GELU here and costs less."""
     def __init__(self, C, n_head):
@@ -289,14 +321,11 @@ class Block(nn.Module):
         x = x + y                                                                   # (M, n, T, C)
         return x + self.down(F.relu(self.up(self.ln_2(x))).square()), past
 
-
 class Bouncer(nn.Module):
     """Tokens with positions (row, column, time), and a memory of walls, which have a place and no time, and of the text's characters,
     which have a time and no place: their keys are zero in the other axes' pairs. So a wall is found by where it is seen from the pen,
     a character by when, wherever the maze stands and however large it is."""
-    shift = SHIFT           # this and the next two are what tests/bench/compare_bounce.py replaces to show why they are as they are
-    tokens = lambda self, g: pen(g)
-    memory = lambda self, g, decoys=0, rng=None: memory_of(g, decoys, rng)
+    shift, tokens, memory = SHIFT, staticmethod(pen), staticmethod(memory_of)          # tests/bench/compare_bounce.py tries others
 
     def __init__(self, n_layer, n_head, n_embd):
         super().__init__()
@@ -306,8 +335,8 @@ class Bouncer(nn.Module):
         self.ln_mem, self.ln_out, self.head = nn.LayerNorm(C), nn.LayerNorm(C), nn.Linear(C, VOCAB, bias=False)
         for name, w in self.named_parameters():
             if w.dim() == 2:
-                last = name.endswith(("proj.weight", "down.weight"))                # GPT-2's: what adds to the stream starts smaller
-                nn.init.normal_(w, std=C**-0.5 * (2 * n_layer)**(-0.5 if last else 0))
+                shrink = (2 * n_layer)**-0.5 if name.endswith(("proj.weight", "down.weight")) else 1        # GPT-2's: what adds to the stream
+                nn.init.normal_(w, std=C**-0.5 * shrink)
         # what all letters share (being letters) stands out from what tells them apart: attention by position alone is then easy
         # to find. the loss after 150 steps is 0.54, with one embedding per token it was 1.23
         for part, std in ((self.wte, 0.5), (self.before, 0.5), (self.kind, 1.0), (self.head, 0.02)):
@@ -315,7 +344,7 @@ class Bouncer(nn.Module):
         axes = torch.tensor([3, 3, 2]) * pairs // 8                                 # so many pairs for row, column and time
         omega = [2.2 * (0.1 / 2.2)**(i / (m - 1)) for m in axes.tolist() for i in range(m)]     # radians per cell or step
         axis = torch.arange(3).repeat_interleave(axes)
-        seen = torch.stack([axis < 0, axis < 2, axis == 2]).float().repeat(1, 2)    # pairs in which nothing, walls, text have keys: (3, hs)
+        seen = torch.stack([axis < 0, axis < 2, axis == 2]).float().repeat(1, 2)    # (3, hs), 1: where nothing, walls, text have keys
         kinds = torch.tensor([0] * 25 + [1] * 96 + [2, 2, 3, 3, 3, 4, 4])           # moves, characters, none, walls, marks
         for name, x in dict(kinds=kinds, omega=torch.tensor(omega), axis=axis, table=seen).items():
             self.register_buffer(name, x, persistent=False)
@@ -329,13 +358,13 @@ class Bouncer(nn.Module):
         return self.wte(ids) + self.kind(self.kinds[ids])                           # (..., C)
 
     def remember(self, ids, pos, sort):
-        """The memory's ids (M, K), pos (M, K, 3), sort (M, K): -1 absent, 0 none, 1 wall, 2 text -> each block's keys and values."""
+        """The memory's ids (M, K), pos (M, K, 3), sort (M, K): -1 padding, 0 "no wall here", 1 wall, 2 text -> each block's keys and values."""
         x, (cos, sin), absent = self.ln_mem(self.embed(ids, pos)), self.angles(pos), torch.where(sort < 0, -torch.inf, 0.0)[:, None]
         return [b.attn.remember(x, cos, sin, self.table[sort.clamp(min=0)], absent) for b in self.blocks]
 
     def forward(self, ids, pos, memory, past=None, cells=0):
-        """ids (M, n, T), pos (M, n, T, 3) -> logits (M, n, T, VOCAB) and the cache. The last `cells` tokens see all before them
-        and themselves, not each other."""
+        """ids (M, n, T), pos (M, n, T, 3) -> logits (M, n, T, VOCAB), and the cache: each block's keys and values, then the last ids. The
+        last `cells` tokens see all before them and themselves, not each other."""
         (cos, sin), T, new = self.angles(pos), ids.size(2), []
         # a token knows the one before it: else a letter, at which the next move is due, would not know the heading until the first block
         # has fetched it, and the heads of that block would look the same way for every heading
@@ -343,68 +372,20 @@ class Bouncer(nn.Module):
         before[..., T - cells:] = NULL
         x, S = self.embed(ids, pos) + self.before(before), T + (past[0][0].size(3) if past else 0)
         mask = torch.full((T, S), -torch.inf, device=ids.device).triu(S - T + 1)
-        mask[T - cells:, S - cells:] = mask.new_full((cells, cells), -torch.inf).fill_diagonal_(0)      # none of either: nothing happens
+        mask[T - cells:, S - cells:].fill_(-torch.inf).fill_diagonal_(0)            # without cells this square is empty
         for i, block in enumerate(self.blocks):
             x, kv = block(x, cos, sin, memory[i], mask, past[i] if past else None)
             new.append(kv)
         return self.head(self.ln_out(x)), [*new, ids[..., -1:]]
 
-# ---- the idea: a token stands where the pen is -------------------------------------------------------------------------------
-
-# What the ball does next depends on what stands around it. So a token's position is not its place in a line of text, but the (row, column,
-# time) of the pen that writes it; a wall's, in the memory, is its (row, column). Rotary attention sees differences of positions: "is there
-# a wall one up and one to the right?" is then the same question anywhere in any maze, and "which letter is due?" at any time. In the grid
-# read as text, what stands one row up stands W + 1 characters back: another number in every maze.
-
-def pen(g):
-    """Games g, as make_games makes them -> move and letter for every step, and the end: ids (M, n, 2T+2), pos (M, n, 2T+2, 3).
-
-        token        SE      I       SE      '       SE      m      ...     PAD after the end
-        position    start  start   there   there   there'  there'           a move stands where it has led to
-    The first move is the direction of the prompt, said as any other, as if it had led to the start: a token of its own would have to
-    learn all about walls again, from one step a game (it did: the first move was wrong in 26% of the small mazes, the others in 1%).
-    """
-    R, C, D, time = g["R"], g["C"], g["D"], np.arange(2 * g["R"].shape[2]) // 2
-    # in a corridor one cell wide the ball bounces at every step and its displacement is (0, 1), (0, 1), ...: which way it is heading can
-    # only be known by counting. a move that says its heading leaves nothing to count
-    move = MOVE + 4 * D[..., 1:] + 2 * (np.diff(R) == 0) + (np.diff(C) == 0)                # (M, n, T)
-    ids = np.full((*R.shape[:2], len(time)), PAD)
-    ids[..., 0] = MOVE + 4 * D[..., 0]
-    for m, text in enumerate(g["texts"]):
-        L = len(text)
-        ids[m, :, 1:2 * L:2], ids[m, :, 2:2 * L + 1:2], ids[m, :, 2 * L + 1] = characters(text), move[m, :, :L], END
-    pos = np.stack([R[..., time], C[..., time], np.broadcast_to(time, ids.shape)], 3) * (ids != PAD)[..., None]
-    return ids, pos.astype(np.float32)
-
-
-def memory_of(g, decoys=0, rng=None):
-    """What all games in a maze may read -> ids (M, K), pos (M, K, 3), sort (M, K), -1 where a maze has less: nothing (to look at where
-    there is no wall), the walls, the text and its end. decoys: so many walls more, anywhere outside the maze within 160 cells: rotary
-    waves that fit at distances never met in training would be taken for walls nearby, and larger mazes fail."""
-    rows = []
-    for field, H, W, text in zip(g["fields"], g["H"], g["W"], g["texts"]):
-        at = np.argwhere(field[:H, :W])
-        flag = field[tuple(at.T)]
-        if decoys:
-            far = rng.integers(-160, 161, (decoys, 2)) + [H // 2, W // 2]
-            far = far[((far < -1) | (far > [H, W])).any(1)]
-            at, flag = np.concatenate([at, far]), np.append(flag, rng.integers(1, 4, len(far)))
-        block = lambda *columns: np.stack(np.broadcast_arrays(*columns), 1)         # of id, row, column, time, sort
-        rows.append(np.concatenate([block([NULL], 0, 0, 0, 0), block(WALL + flag, *at.T, 0, 1),
-                                    block(characters(text) + [END], 0, 0, np.arange(len(text) + 1), 2)]))
-    table = np.full((len(rows), max(map(len, rows)), 5), [NULL, 0, 0, 0, -1])
-    for m, row in enumerate(rows):
-        table[m, :len(row)] = row
-    return table[..., 0], table[..., 1:4].astype(np.float32), table[..., 4]
-
 # ---- generation and evaluation -----------------------------------------------------------------------------------------------
-
 @torch.inference_mode()
 def generate(model, g, device, draw="code"):
     """Greedy, with a KV cache, all games at once. The harness adds up the displacements and knows no physics: a pen may go through
     walls or out of the field. -> tokens (M, n, L), and with draw="model" the grids (M, n, H, W) of ids that the model wrote."""
-    start = MOVE + 4 * g["D"][..., 0], np.stack([g["R"][..., 0], g["C"][..., 0]], 2)
-    ids, place, shift, *memory = (torch.from_numpy(x).to(device) for x in (*start, model.shift, *model.memory(g)))
+    start = np.stack([g["R"][..., 0], g["C"][..., 0]], 2)
+    arrays = MOVE + 4 * g["D"][..., 0], start, model.shift, *model.memory(g)
+    ids, place, shift, *memory = (torch.from_numpy(x).to(device) for x in arrays)
     memory = model.remember(*memory)
     alive, out, past = torch.ones_like(ids, dtype=torch.bool), [], None
     for s in range(2 * max(map(len, g["texts"])) + 1):
@@ -426,7 +407,6 @@ def generate(model, g, device, draw="code"):
         grids.append(logits.argmax(-1))
     return tokens, torch.cat(grids, 2).view(M, n, H, W).cpu().numpy()
 
-
 def read_path(g, tokens, shift=SHIFT):
     """A pen's tokens (M, n, L) -> per game (m, i, R, C, text): where each letter was put."""
     for m, i in np.ndindex(tokens.shape[:2]):
@@ -434,7 +414,6 @@ def read_path(g, tokens, shift=SHIFT):
         T = int(np.argmax(np.append(letters, END) == END))
         at = [g["R"][m, i, 0], g["C"][m, i, 0]] + np.concatenate([np.zeros((1, 2), int), shift[moves].cumsum(0)])
         yield m, i, at[:T, 0], at[:T, 1], "".join(SIGN[x] if CHAR <= x < END else " " for x in letters[:T])
-
 
 def evaluate(model, args, quotes, device, games, **change):
     """Rates over held-out games, each in its own maze. -> dict: exact_path, exact_grid, letters, direction, walls, by_time
@@ -451,21 +430,36 @@ def evaluate(model, args, quotes, device, games, **change):
             truth, field, wr, wc = g["texts"][m], g["fields"][m, :g["H"][m], :g["W"][m]], g["R"][m, i], g["C"][m, i]
             grid = drawn(field, R, C, text) if grids is None else grids[m, i, :len(field), :field.shape[1]]
             same = SIGN[grid] == SIGN[drawn(field, wr, wc, truth)]
-            n, k = len(truth), min(len(truth), len(text))
-            there, right = np.zeros((2, n), bool)           # where the path ended too early neither is right
-            there[:k] = (R[:k] == wr[:k]) & (C[:k] == wc[:k])
-            right[:k] = there[:k] & np.array([a == b for a, b in zip(text, truth)], bool)
+            got = [*zip(R, C, text), *[(-1, -1, "")] * len(truth)]              # where the path ended too early it is nowhere
+            right = np.array([a == b for a, b in zip(got, zip(wr, wc, truth))])
+            there = np.array([a[:2] == b[:2] for a, b in zip(got, zip(wr, wc, truth))])
             for name, x in dict(exact_path=exact[m, i], exact_grid=same.all(), direction=there[1], walls=same[field > 0].all()).items():
                 tally[name].append(x)
             tally["letters"].extend(right)
             for t, ok in enumerate(right):
                 by_time[t // 10].append(ok)
-            for k, ok in enumerate(there[1:][np.diff(g["D"][m, i, :n]) != 0]):
+            for k, ok in enumerate(there[1:][np.diff(g["D"][m, i, :len(truth)]) != 0]):
                 by_bounce[k].append(ok)
-    mean = lambda x: round(float(np.mean(x)), 4)
-    by_time, by_bounce = ([mean(x) for x in group.values()] for group in (by_time, by_bounce))
-    return {name: mean(x) for name, x in tally.items()} | dict(by_time=by_time, by_bounce=by_bounce)
+    means = lambda groups: {k: round(float(np.mean(x)), 4) for k, x in groups.items()}
+    return means(tally) | dict(by_time=[*means(by_time).values()], by_bounce=[*means(by_bounce).values()])
 
+def draw_pen(field, R, C, text):
+    """text written along R, C into field (H, W), a letter a step -> a picture for each step; its sides are divisible by 16, as video wants."""
+    from PIL import Image, ImageDraw, ImageFont
+    wall, font = np.zeros((2, 16, 16), np.uint8), ImageFont.load_default(size=16)
+    wall[0, :, 7:10] = wall[1, 7:10] = 1                            # a cell is 16 x 16 pixels, a wall goes through the middle of its cell
+    ink = np.pad(np.kron(field & 1, wall[0]) | np.kron(field >> 1, wall[1]), ((0, 32), (0, 0)))        # and two rows for the text
+    page = np.where(ink[..., None], (52, 62, 80), (250, 248, 242)).astype(np.uint8)
+    places = [(16 * int(c) + 8, 16 * int(r) + 8) for r, c in zip(R, C)]
+    for t, (x, y) in enumerate(places, 1):
+        frame = Image.fromarray(page)
+        pencil = ImageDraw.Draw(frame)
+        pencil.line(places[:t], fill=(240, 222, 190), width=5, joint="curve")
+        for place, letter in {at: ch for at, ch in zip(places[:t], text) if ch != " "}.items():            # the last letter wins
+            pencil.text(place, letter, font=font, fill=(160, 44, 36), anchor="mm")
+        pencil.text((8, len(page) - 24), text[:t], font=font, fill=(96, 90, 84))
+        pencil.ellipse((x - 8, y - 8, x + 8, y + 8), outline=(34, 120, 200), width=2)
+        yield frame
 
 def show(model, g, args, device):
     """One game in the terminal: what the model wrote, the truth beside it, and in red what differs."""
@@ -473,14 +467,13 @@ def show(model, g, args, device):
     (_, _, R, C, text), truth, field = next(read_path(g, tokens)), g["texts"][0], g["fields"][0]
     got = SIGN[drawn(field, R, C, text) if grids is None else grids[0, 0]]
     want = SIGN[drawn(field, g["R"][0, 0], g["C"][0, 0], truth)]
-    red = (lambda x: f"\033[1;31m{x}\033[0m") if sys.stdout.isatty() else (lambda x: "?" if x == " " else x)
+    red = "\033[1;31m{}\033[0m" if sys.stdout.isatty() else "{}"
     print(f"{list(DIRECTIONS)[g['D'][0, 0, 0]]}: {truth}\n\n{'the model':{len(got[0])}}   the truth")
     for a, b in zip(got, want):
-        print(*(x if x == y else red(x) for x, y in zip(a, b)), "   ", *b, sep="")
+        print(*(x if x == y else red.format("?" if x == " " else x) for x, y in zip(a, b)), "   ", *b, sep="")
     print(f"\n{(got != want).sum()} cells differ")
 
 # ---- training --------------------------------------------------------------------------------------------------------------
-
 def cells_of(g, rng, Q):
     """For --draw model: Q cells a game, half of them on its path -> pos (M, n, Q, 3), what stands there in the end (M, n, Q)."""
     pos, ids, n = [], [], g["R"].shape[1]
@@ -492,7 +485,6 @@ def cells_of(g, rng, Q):
         ids.append([drawn(g["fields"][m], g["R"][m, i], g["C"][m, i], text)[r[i], c[i]] for i in range(n)])
     return np.array(pos, np.float32), np.array(ids, int)
 
-
 def loss_of(model, g, device, cells=None, decoys=0, rng=None):
     """Mean cross-entropy of the next token over a batch of games, plus that of cells = (pos, ids), asked for after the path."""
     (ids, pos), Q = model.tokens(g), 0
@@ -503,7 +495,6 @@ def loss_of(model, g, device, cells=None, decoys=0, rng=None):
     ids, pos, target, *memory = (torch.from_numpy(x).to(device) for x in (ids, pos, target, *model.memory(g, decoys, rng)))
     return F.cross_entropy(model(ids, pos, model.remember(*memory), cells=Q)[0].flatten(0, 2).float(), target.flatten(), ignore_index=PAD)
 
-
 def train(args, quotes, file, device, kind=Bouncer):
     """Small mazes, then the asked sizes, going on from file if it is there. Under torchrun each process plays mazes of its own and
     gradients are averaged. -> model, seconds of training."""
@@ -511,14 +502,13 @@ def train(args, quotes, file, device, kind=Bouncer):
     torch.manual_seed(args.seed)
     model = kind(args.n_layer, args.n_head, args.n_embd).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=args.weight_decay, fused=True)
-    state = common.resume(file, model=model, optimizer=optimizer)
-    step, seconds, losses = state.get("step", 0), state.get("seconds", 0.0), []
-    bar = tqdm(range(step, args.steps), initial=step, total=args.steps, desc="training", unit="step", disable=rank > 0 or None)
-    began = time.time() - seconds
+    state, losses = dict(step=0, seconds=0.0) | common.resume(file, model=model, optimizer=optimizer), []
+    first, seconds, began = state["step"], state["seconds"], time.time() - state["seconds"]
+    bar = tqdm(range(first, args.steps), initial=first, total=args.steps, desc="training", unit="step", disable=rank > 0 or None)
     for step in bar:
         rng = np.random.default_rng((args.seed, 1, step, rank))         # a batch depends on this alone: a resumed run sees the same
         # full sizes come late, when bounces are understood: what is new there is only that walls are many and far
-        small = step < args.small * args.steps or step % 2
+        small = step < args.small * args.steps or step % 2 == 1
         size = dict(height=[9, 12], width=[14, 22], bars=3.0) if small else dict(height=args.height, width=args.width, bars=args.bars)
         g = make_games(rng, args.mazes, args.balls, quotes, noise_texts=args.noise_texts, **size)
         optimizer.param_groups[0]["lr"] = args.lr * min((step + 1) / args.warmup, 0.55 + 0.45 * math.cos(math.pi * step / args.steps))
@@ -526,9 +516,10 @@ def train(args, quotes, file, device, kind=Bouncer):
             loss = loss_of(model, g, device, cells_of(g, rng, 48) if args.draw == "model" else None, args.decoys, rng)
         optimizer.zero_grad()
         loss.backward()
-        for w in model.parameters() if world > 1 else ():
-            dist.all_reduce(w.grad)
-            w.grad /= world
+        if world > 1:
+            for w in model.parameters():
+                dist.all_reduce(w.grad)
+                w.grad /= world
         nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
         losses.append(loss.item())
         if not math.isfinite(losses[-1]):
@@ -537,18 +528,16 @@ def train(args, quotes, file, device, kind=Bouncer):
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == args.steps:
             seconds = time.time() - began
             bar.set_postfix(loss=f"{np.mean(losses[-100:]):.5f}")
-            state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step + 1, seconds=seconds)
-            common.save_checkpoint(file, state) if rank == 0 else None
+            if rank == 0:
+                common.save_checkpoint(file, dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step + 1, seconds=seconds))
     return model.eval(), seconds
 
 # ---- main ------------------------------------------------------------------------------------------------------------------
-
 def checkpoint(args, quotes):
     """A model's file is named after all that shaped it but torchrun's number of processes: the same flags find it again."""
     shape = {k: getattr(args, k) for k in ("height width bars draw n_layer n_head n_embd steps small mazes balls lr warmup weight_decay "
                                            "grad_clip noise_texts decoys dtype seed").split()}
     return OUT / f"bounce_{hashlib.sha256(json.dumps([shape, quotes]).encode()).hexdigest()[:8]}.pt"
-
 
 def main():
     args, began, device = get_args(), time.time(), common.pick_device()
@@ -564,7 +553,8 @@ def main():
     args.dtype = common.fast_dtype(device) if args.dtype == "auto" else args.dtype
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         dist.init_process_group("nccl" if device == "cuda" else "gloo")
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"])) if device == "cuda" else None
+        if device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     print(f"device {device}, {torch.get_num_threads()} threads, {args.dtype}; {len(quotes)} quotes to train on, {len(unseen)} held out")
     model, seconds = train(args, quotes, checkpoint(args, quotes), device)
     if dist.is_initialized() and dist.get_rank():
@@ -587,11 +577,12 @@ def main():
         metrics.update({k + name: rates[k] for k in ("exact_path", "exact_grid")})
     _, _, R, C, text = next(read_path(g, generate(model, g, device)[0]))
     if args.video and text:                                 # an untrained model may end before its first letter
-        frames = list(common.draw_pen(g["fields"][0], R, C, text))
-        metrics["video"] = str(common.write_video(OUT / "bounce.mp4", frames, fps=10))
-        metrics["picture"] = str(common.write_picture(OUT / "bounce.png", frames[-1]))
+        frames = list(draw_pen(g["fields"][0], R, C, text))
+        metrics.update(video=str(OUT / "bounce.mp4"), picture=str(OUT / "bounce.png"))
+        common.write_video(metrics["video"], map(np.asarray, frames + frames[-1:] * 20), fps=10)
+        with common.whole_file(metrics["picture"]) as part:
+            frames[-1].save(part)
     common.log_result("bounce.py", args, time.time() - began, metrics)
-
 
 if __name__ == "__main__":
     common.run(main)

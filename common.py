@@ -1,25 +1,25 @@
 """common.py: the uninteresting ground floor under the seven experiments.
 
-Next-token sampling, beam search, a small numpy renderer and mp4 writer, files that are never half-written, and errors
-that are one sentence. Nothing here has an idea in it; copy it beside any script of this repository and the script runs.
+What scripts would repeat, and what no one reads for its idea. Copy it beside any script and the script runs.
+    1 errors in one sentence, flags         all         5 HalfCheetah in batches, its episodes    the cheetah's three
+    2 files that are never half-written     all         6 texts of any encoding                   bounce
+    3 sampling, beam search                 ppo, lora   7 safetensors, JSON                       pythia, lora, bounce
+    4 a renderer without OpenGL, mp4        cheetahs    8 a server that answers, what was paid    rag, selfinstruct
 """
-import argparse, collections, contextlib, csv, glob, hashlib, io, itertools, json, math, mmap, os, pathlib, platform, re, sys, threading
-import time, unicodedata
+import argparse, collections, contextlib, csv, glob, hashlib, io, json, math, os, pathlib, platform, re, sys, threading, time, unicodedata
 
-# torch's threads wait for each other by going round in circles for milliseconds. beside another busy program, which shares a core with
-# one of them, a step of dt_cheetah.py then takes 1900 to 2700 ms instead of 55; with fewer rounds, then sleep, 152, and alone still 55
+# torch's threads spin for milliseconds while they wait for each other. with another program busy on one of their cores, a step of
+# dt_cheetah.py then takes 1900 to 2700 ms instead of 55; if they go to sleep sooner, 152, and on a quiet machine still 55
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 import numpy as np
 import torch
 
 # ---- part 1: one sentence for the user -----------------------------------------------------------------------------------
-
 def sorry(sentence):
     """End the program as every user's mistake ends it: one sentence on stderr, exit status 2."""
     print(f"{pathlib.Path(sys.argv[0]).name}: {' '.join(str(sentence).split())}", file=sys.stderr)
     raise SystemExit(2)
-
 
 class Flags(argparse.ArgumentParser):
     """argparse whose errors are one sentence, whose help shows defaults, and which takes no abbreviations."""
@@ -37,11 +37,14 @@ class Flags(argparse.ArgumentParser):
             self.ranges[name] = (1 if kw["type"] is int else 0) if low is None else low, high
         self.add_argument(f"--{name}", default=default, help=f"{why} [{default}]".replace("%", "%%"), **kw)
 
-    def parse_args(self, argv=None):
+    def parse_args(self, argv=None, smoke={}):
+        """smoke: the defaults that --smoke brings; other flags still win over them."""
+        if "--smoke" in (sys.argv if argv is None else argv):
+            self.set_defaults(**smoke)
         args = super().parse_args(argv)
         for name, (low, high) in self.ranges.items():
-            x = getattr(args, name)
-            for x in x if isinstance(x, list) else [] if x is None else [x]:
+            value = getattr(args, name)             # a number, a list of them, or None: not given
+            for x in [] if value is None else np.ravel(value):
                 if not low <= x <= high:            # in this form nan fails, too
                     self.error(f"argument --{name}: {x:g} is not between {low:g} and {high:g}")
         return args
@@ -51,7 +54,6 @@ class Flags(argparse.ArgumentParser):
             wrong = ", ".join(x.split("=")[0] for x in message.split() if x.startswith("-"))
             message = f"there is no flag {wrong}" if wrong else "a value stands where no flag asks for one"
         sorry(f"{message} (--help lists the flags)")
-
 
 def run(main):
     """Call main(); Ctrl-C, a full disk, a missing file or package end in a sentence, not in a traceback."""
@@ -65,22 +67,20 @@ def run(main):
     except (OSError, MemoryError, RuntimeError, ImportError) as e:
         if isinstance(e, RuntimeError) and "memory" not in str(e):
             raise                                   # torch says by a RuntimeError that memory is not enough; all others are bugs
-        sorry((str(e).split("\n")[0] or type(e).__name__) + "; pip install -r requirements.txt brings it" * isinstance(e, ImportError))
-
+        hint = "; pip install -r requirements.txt brings it" if isinstance(e, ImportError) else ""
+        sorry((str(e).split("\n")[0] or type(e).__name__) + hint)
 
 def pick_device():
     """cuda, else mps, else cpu: chosen once, at the start of main()."""
     return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
-
 def fast_dtype(device):
     """"bfloat16" where the hardware multiplies it, else "float32": emulated on an older CPU it is slower than float32."""
-    has = lambda name: getattr(torch.cpu, f"_is_{name}_supported", bool)()
+    has = lambda name: getattr(torch.cpu, f"_is_{name}_supported", lambda: False)()         # private names: some versions lack them
     fast = torch.cuda.is_bf16_supported(False) if device == "cuda" else device == "cpu" and (has("avx512_bf16") or has("amx_tile"))
     return "bfloat16" if fast else "float32"
 
-# ---- part 2: files that are whole or not there -----------------------------------------------------------------------------
-
+# ---- part 2: files that are whole or not there ---------------------------------------------------------------------------
 @contextlib.contextmanager
 def whole_file(path):
     """Yields a path beside `path` to write to; renamed over `path` at the end, removed if anything went wrong before."""
@@ -89,7 +89,8 @@ def whole_file(path):
     part = path.with_name(f"{path.stem}.unfinished-{os.getpid()}{path.suffix}")         # the suffix stays: writers go by it
     for old in path.parent.glob(f"{glob.escape(path.stem)}.unfinished-*{path.suffix}"):
         try:
-            os.name == "nt" or os.kill(int(old.stem.rsplit("-", 1)[1]), 0)      # signal 0 only asks: does its writer live?
+            if os.name != "nt":                         # there, 0 is no question but Ctrl-C
+                os.kill(int(old.stem.rsplit("-", 1)[1]), 0)             # signal 0 only asks: does its writer live?
         except ProcessLookupError:
             old.unlink(missing_ok=True)                 # it was killed while it wrote
         except (PermissionError, ValueError, OverflowError):
@@ -104,6 +105,14 @@ def whole_file(path):
     finally:
         part.unlink(missing_ok=True)
 
+@contextlib.contextmanager
+def reading(what):
+    """Whatever Python raises in this block over a broken file, the user reads one sentence: `what` cannot be read, and why."""
+    try:
+        yield
+    except Exception as e:              # zip, HDF5, JSON, dicts, tensors, requests: each has errors of its own
+        why = f"it lacks {e}" if isinstance(e, KeyError) else str(e) or type(e).__name__
+        sorry(f"{what} cannot be read ({why[:200]})")
 
 def save_checkpoint(path, state):
     """Write a dict of tensors and plain values; the previous checkpoint stays good until this one is whole."""
@@ -113,14 +122,12 @@ def save_checkpoint(path, state):
         except RuntimeError as e:       # torch reports a full disk as a RuntimeError of its zip writer
             raise OSError(None, str(e).splitlines()[0]) from e
 
-
 def load_checkpoint(path):
     """The dict that save_checkpoint wrote, on the CPU; tensors and plain values only, never code (weights_only)."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:              # a broken zip, pickle or tensor: torch raises half a dozen types for it
         sorry(f"{path} is not a checkpoint that can be read ({type(e).__name__}); remove it to start anew")
-
 
 def resume(path, **parts):
     """Load a checkpoint into parts (model=, optimizer=), by their names in it -> what else it holds; {} if there is no such file."""
@@ -134,15 +141,10 @@ def resume(path, **parts):
         sorry(f"{path} holds a model of another shape than the flags ask for; remove it to train anew")
     return state
 
-
 def load_arrays(path):
     """An .npz as a dict of arrays; a missing or broken one gets a sentence."""
-    try:
-        with np.load(path) as z:
-            return dict(z)
-    except Exception as e:                          # zipfile, zlib and numpy each have errors of their own
-        sorry(f"{path} cannot be read ({type(e).__name__}: {e})")
-
+    with reading(path), np.load(path) as z:
+        return dict(z)
 
 def download(url, path, size=None, sha256=None, headers=None):
     """Fetch url to path, going on from path.part if an earlier run was cut. size in bytes, sha256 in hex: checked if given."""
@@ -173,21 +175,18 @@ def download(url, path, size=None, sha256=None, headers=None):
         code = getattr(getattr(e, "response", None), "status_code", None)
         sorry(f"cannot download {url} ({f'HTTP {code}' if code else type(e).__name__}); what has come so far is kept and the "
               f"same command goes on, or put the file at {path} yourself")
-    if size is not None and part.stat().st_size != size:
-        sorry(f"{url} gave {part.stat().st_size} bytes, not {size}; remove {part} to try again")
-    if sha256 is not None:
-        with open(part, "rb") as f:
-            found = hashlib.file_digest(f, "sha256").hexdigest()
-        if found != sha256:
-            sorry(f"{part} has sha256 {found}, not {sha256}; remove it to try again")
+    with open(part, "rb") as f:
+        found = hashlib.file_digest(f, "sha256").hexdigest() if sha256 else None
+    if found != sha256 or size not in (None, part.stat().st_size):
+        sorry(f"{part} is not what {url} promised: its size or sha256 is another; remove it to try again")
     os.replace(part, path)
     return path
-
 
 def fetch_hub(name, wanted, rank=0, instead=""):
     """The files of a Hub id (owner/name) that fullmatch the first of wanted that any does, and config.json, downloaded to out/hub: resumed,
     sizes and hashes checked, HF_TOKEN honoured, by the process of rank 0 while others wait. instead: what else to do. -> the folder"""
-    re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) or sorry(f"--model {name}: no such folder, and no Hub id (owner/name) either{instead}")
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
+        sorry(f"--model {name}: no such folder, and no Hub id (owner/name) either{instead}")
     folder, hub = pathlib.Path("out/hub") / name, os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     while rank and not (folder / "config.json").exists():
         time.sleep(1)
@@ -195,25 +194,24 @@ def fetch_hub(name, wanted, rank=0, instead=""):
         import requests
         token = "".join(os.environ.get("HF_TOKEN", "").split())     # a line break in it, and requests would quote it in its complaint
         headers = {"Authorization": f"Bearer {token}"} if token else {}
-        with reading(f"{hub}'s list of {name}{instead}"):
+        with reading(f"{hub}'s list of files (a gated model needs HF_TOKEN) of {name}{instead}"):
             answer = requests.get(f"{hub}/api/models/{name}/tree/main", headers=headers, timeout=30)
-            answer.ok or sorry(f"{hub} refuses {name} (HTTP {answer.status_code}); if it is gated, ask for access there and set HF_TOKEN"
-                               + instead)
+            answer.raise_for_status()
             files = {f["path"]: (f["size"], f.get("lfs", {}).get("oid")) for f in answer.json() if f["type"] == "file"}
-        kind = next((w for w in wanted if any(re.fullmatch(w, f) for f in files)), None) or sorry(f"{hub}/{name} has none{instead}")
-        for f in sorted((f for f in files if re.fullmatch(rf"{kind}|config\.json", f)), key="config.json".__eq__):
+        kinds = [w for w in wanted if any(re.fullmatch(w, f) for f in files)]
+        if not kinds:
+            sorry(f"{hub}/{name} holds no weights in a format that is read here{instead}")
+        for f in sorted((f for f in files if re.fullmatch(rf"{kinds[0]}|config\.json", f)), key="config.json".__eq__):     # config.json last
             download(f"{hub}/{name}/resolve/main/{f}", folder / f, *files[f], headers=headers)
     return folder
-
 
 def log_result(script, args, seconds, metrics):
     """Print the one result line of a run and append it, with all that is needed to make it again, to out/results.jsonl."""
     hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} x{os.cpu_count()}"
-    try:
+    peak = None
+    with contextlib.suppress(ImportError):          # windows has no such module
         import resource                             # the most memory that the process ever held; KiB on Linux, bytes on a Mac
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> (20 if sys.platform == "darwin" else 10)
-    except ImportError:
-        peak = None                                 # windows
     row = dict(time=time.strftime("%Y-%m-%dT%H:%M:%S"), script=script, flags=vars(args), seed=getattr(args, "seed", None),
                versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__),
                hardware=hardware, threads=torch.get_num_threads(), seconds=round(seconds, 1), peak_mb=peak, metrics=metrics)
@@ -222,8 +220,177 @@ def log_result(script, args, seconds, metrics):
         f.write(json.dumps(row, default=str) + "\n")
     print(f"result {script}: " + "  ".join(f"{k} {v:.6g}" if isinstance(v, float) else f"{k} {v}" for k, v in metrics.items()))
 
-# ---- part 3: HalfCheetah and its episodes ----------------------------------------------------------------------------------
+# ---- part 3: the next token ----------------------------------------------------------------------------------------------
+def penalize(scores, ids, penalty):
+    """CTRL's repetition penalty (arXiv 1909.05858): tokens of ids (B, T) become less likely in scores (B, V)."""
+    seen = scores.gather(1, ids)
+    return scores.scatter(1, ids, torch.where(seen < 0, seen * penalty, seen / penalty))
 
+def sample(logits, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0, ids=None, generator=None):
+    """logits (B, V) -> next tokens (B,). temperature 0 is greedy; top_k 0 and top_p 1 keep all; ids (B, T) are penalized."""
+    if repetition_penalty != 1.0:
+        logits = penalize(logits, ids, repetition_penalty)
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits / temperature
+    if 0 < top_k < logits.size(-1):
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
+    if top_p < 1.0:
+        p, order = logits.softmax(-1).sort(-1, descending=True)
+        drop = p.cumsum(-1) - p >= top_p            # the mass BEFORE a token: the first one always stays
+        logits = logits.masked_fill(drop.scatter(1, order, drop), -torch.inf)
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+
+def beam_search(step, prompt, width, max_new, eos=(), length_penalty=1.0, repetition_penalty=1.0):
+    """The best continuation of prompt (a list of ids) and its score, sum of log-probabilities / length**length_penalty.
+
+    step(ids (W, T), parent (W,)) -> next-token logits (W, V); parent tells which row of the last call each row goes on
+    from, for those who keep a KV cache. Ends as transformers does (early_stopping=False); lengths count eos, not the prompt.
+    """
+    eos = set(eos)
+    ids, scores, parent = torch.tensor([prompt]), torch.zeros(1), torch.zeros(1, dtype=torch.long)
+    done = []                                       # finished (score, ids), best first, at most `width`
+    for n in range(1, max_new + 1):
+        logp = step(ids, parent).float().log_softmax(-1)
+        if repetition_penalty != 1.0:
+            logp = penalize(logp, ids.to(logp.device), repetition_penalty)
+        V = logp.size(1)
+        total = (scores[:, None] + logp.cpu()).flatten()
+        # eos can end at most len(eos) candidates per beam: so many more than width are enough to keep width alive
+        best, at = total.topk(min(max(2, 1 + len(eos)) * width, total.numel()))
+        keep = []
+        for rank, (s, i) in enumerate(zip(best.tolist(), at.tolist())):
+            if i % V in eos or n == max_new:
+                if rank < width:                    # an ending outside the first `width` would not have lived anyway
+                    done.append((s / n**length_penalty, ids[i // V].tolist() + [i % V]))
+            elif len(keep) < width:
+                keep.append((s, i))
+        done = sorted(done, key=lambda d: -d[0])[:width]
+        # stop when no running beam, as it stands, beats the worst of a full set of finished ones
+        if not keep or len(done) == width and keep[0][0] / n**length_penalty <= done[-1][0]:
+            break
+        scores = torch.tensor([s for s, _ in keep])
+        parent = torch.tensor([i // V for _, i in keep])
+        ids = torch.cat([ids[parent], torch.tensor([[i % V] for _, i in keep])], 1)
+    return done[0][1], done[0][0]
+
+# ---- part 4: pictures ----------------------------------------------------------------------------------------------------
+class SideView:
+    """A numpy camera that looks at planar capsules from the side: shaded, anti-aliased, over a chequered floor that scrolls.
+    width, height in pixels, both divisible by 16 (video codecs want that); scale in pixels per metre. No OpenGL."""
+
+    def __init__(self, width=640, height=352, scale=150.0):
+        self.w, self.h, self.scale, self.glyphs = width, height, scale, {}
+        self.ground = int(height * 0.74)                        # the row where z = 0 stands
+        down = np.linspace(0, 1, self.ground, dtype=np.float32)[:, None, None]
+        sky = np.float32([126, 172, 214]) * (1 - down) + np.float32([240, 243, 238]) * down
+        self.back = np.empty((height, width, 3), np.float32)
+        self.back[:self.ground], self.back[self.ground:] = sky, np.float32([171, 186, 160])
+        self.column = (np.arange(width, dtype=np.float32) - width / 2) / scale      # metres right of the camera
+        # the floor in perspective: rows nearer to the viewer show larger chequers; in depth they are evenly wide in log(near)
+        near = 1 + np.arange(height - self.ground, dtype=np.float32)[:, None] / 60
+        self.floor_x, self.floor_row = self.column / near, np.clip(np.sin(np.pi * 2.2 * np.log(near)) * 8, -1, 1)
+        self.floor_edge = scale * near                          # pixels per metre there: the rims are blurred by one pixel
+
+    def frame(self, capsules, colors, camera, lines=()):
+        """capsules (n, 5): x0, z0, x1, z1, radius in metres; colors (n, 3) in 0..255; camera: x in the middle of the picture;
+        lines: texts from the top left. -> (height, width, 3) uint8."""
+        img, g = self.back.copy(), self.ground
+        # hills move at a fifth of the speed: the eye reads the speed off the difference
+        far = self.column + np.float32(camera * 0.2)
+        for base, amp, color in ((52, 16, (176, 199, 205)), (26, 11, (142, 176, 164))):
+            top = base + amp * (np.sin(far * (40 / base)) + 0.6 * np.sin(far * (91 / base) + 1))
+            band = img[g - base - 2 * amp:g]
+            cover = np.clip(np.arange(len(band))[::-1, None] * -1.0 + top, 0, 1).astype(np.float32)[..., None]
+            band += cover * (np.float32(color) - band)
+        wave = np.abs((self.floor_x + np.float32(camera)) % 2 - 1)                  # 1 m chequers: crosses 1/2 at their rims
+        floor = np.clip((0.5 - wave) * self.floor_edge, -1, 1) * self.floor_row
+        img[g:] += floor[..., None] * np.float32([17, 15, 17])
+        for x0, _, x1, _, r in capsules:                        # a soft shadow under each
+            middle, half = (x0 + x1) / 2 - camera, abs(x1 - x0) / 2 + r
+            d = ((self.column - np.float32(middle)) / half)**2 + ((np.arange(16, dtype=np.float32)[:, None] - 6) / 8)**2
+            img[g:g + 16] *= (1 - 0.18 * np.clip(1 - d, 0, 1))[..., None]
+        for capsule, color in zip(capsules, colors):
+            self._capsule(img, capsule, np.float32(color), camera)
+        return self.text(img.astype(np.uint8), lines)
+
+    def _capsule(self, img, capsule, color, camera):
+        x0, z0, x1, z1, r = capsule
+        p = np.float32([self.w / 2 + (x0 - camera) * self.scale, self.ground - z0 * self.scale])
+        v = np.float32([(x1 - x0) * self.scale, (z0 - z1) * self.scale])            # along the axis, in pixels, y down
+        r = np.float32(r * self.scale)
+        left, top = np.floor(np.minimum(p, p + v) - r - 1).clip(0, (self.w, self.h)).astype(int)
+        right, bottom = np.ceil(np.maximum(p, p + v) + r + 2).clip(0, (self.w, self.h)).astype(int)
+        dx = np.arange(left, right, dtype=np.float32)[None] - p[0]
+        dy = np.arange(top, bottom, dtype=np.float32)[:, None] - p[1]
+        along = np.clip((dx * v[0] + dy * v[1]) / max(float(v @ v), 1e-6), 0, 1)    # nearest point of the axis
+        nx, ny = (dx - along * v[0]) / r, (dy - along * v[1]) / r                   # outward, length 1 at the surface
+        d2 = nx * nx + ny * ny
+        nz = np.sqrt(np.clip(1 - d2, 0, 1))                                         # towards the viewer
+        light = np.clip(0.55 - 0.16 * nx - 0.26 * ny + 0.32 * nz, 0, 1.25)
+        shine = 70 * np.clip(-0.35 * nx - 0.62 * ny + 0.70 * nz, 0, 1)**24
+        cover = np.clip((1 - np.sqrt(d2)) * r + 0.5, 0, 1)[..., None]               # signed distance: a rim one pixel soft
+        box = img[top:bottom, left:right]
+        box += cover * (np.clip(color * light[..., None] + shine[..., None], 0, 255) - box)
+
+    def text(self, img, lines, color=(28, 36, 44)):
+        """Write lines into img (H, W, 3) uint8 from the top left down, and return it; each glyph is drawn once and kept."""
+        for i, line in enumerate(lines):
+            x, y = 14, 10 + 24 * i
+            for ch in line:
+                if ch not in self.glyphs:
+                    from PIL import Image, ImageDraw, ImageFont
+                    font = ImageFont.load_default(size=19)
+                    tile = Image.new("L", (max(1, round(font.getlength(ch))), 26))
+                    ImageDraw.Draw(tile).text((0, 2), ch, font=font, fill=255)
+                    self.glyphs[ch] = np.asarray(tile, np.float32)[..., None] / 255
+                g = self.glyphs[ch]                                                 # (26, w, 1), 0 to 1
+                box = img[y:y + 26, x:x + g.shape[1]]                               # less than g at the picture's edge
+                box[:] = box + g[:box.shape[0], :box.shape[1]] * (np.array(color) - box)
+                x += g.shape[1]
+        return img
+
+def cheetah_capsules(model, data):
+    """HalfCheetah's bodies from MuJoCo's geom positions, for SideView.frame: capsules (8, 5), colors (8, 3), far ones first."""
+    half = model.geom_size[1:, 1:2] * data.geom_xmat[1:].reshape(-1, 3, 3)[:, :, 2]             # geom 0 is the floor
+    a, b = data.geom_xpos[1:] - half, data.geom_xpos[1:] + half
+    order = [2, 3, 4, 0, 1, 5, 6, 7]                # back leg (thigh, shin, foot), torso, head, front leg
+    colors = [(168, 98, 44), (158, 88, 38), (146, 78, 34), (231, 157, 66), (239, 174, 88), (214, 138, 56), (202, 124, 48), (190, 110, 42)]
+    return np.concatenate([a[:, ::2], b[:, ::2], model.geom_size[1:, :1]], 1)[order], colors
+
+def draw_episode(model, diary, renderer="numpy"):
+    """diary: (qpos (9,), return so far, target) per step of 0.05 s -> frames (352, 640, 3) uint8 of HalfCheetah, by SideView or,
+    where OpenGL works, by MuJoCo's own renderer. model: the MjModel."""
+    import mujoco, warnings
+    view, data, gl = SideView(), mujoco.MjData(model), None
+    if renderer == "mujoco":
+        try:
+            with warnings.catch_warnings(action="ignore"):      # GLFW's, in four lines
+                gl = mujoco.Renderer(model, view.h, view.w)
+        except Exception as e:                      # no GL library, no display, no device: each its own error
+            print(f"no OpenGL here ({type(e).__name__}): drawing with numpy instead", file=sys.stderr)
+    for step, (qpos, earned, target) in enumerate(diary):
+        data.qpos[:] = qpos
+        mujoco.mj_forward(model, data)
+        back = max(0, step - 20)                    # the speed of the last second
+        speed = (qpos[0] - diary[back][0][0]) / (0.05 * max(1, step - back))
+        lines = [f"target {target:.0f}", f"return {earned:z.0f}", f"{speed:.1f} m/s"]
+        if gl is None:
+            yield view.frame(*cheetah_capsules(model, data), qpos[0], lines)
+        else:
+            gl.update_scene(data, camera="track")
+            yield view.text(gl.render().copy(), lines, color=(250, 250, 250))
+
+def write_video(path, frames, fps=20):
+    """frames: an iterable of (H, W, 3) uint8, H and W divisible by 16 -> an mp4 (H.264) at path. 20 fps is HalfCheetah's time."""
+    import imageio.v2 as imageio
+    with whole_file(path) as part, imageio.get_writer(part, format="FFMPEG", fps=fps, codec="libx264", macro_block_size=16, quality=None,
+                                                      output_params=["-crf", "23", "-preset", "veryfast"]) as w:
+        for frame in frames:
+            w.append_data(frame)
+    return path
+
+# ---- part 5: HalfCheetah and its episodes --------------------------------------------------------------------------------
 class Cheetahs:
     """n HalfCheetah-v5 in one batch, stepped by mujoco.rollout on all cores. state (n, 19): time, 9 qpos, 9 qvel."""
     model = None
@@ -266,14 +433,12 @@ class Cheetahs:
         x, self.state = self.state[:, 1], self.out[:, -1].copy()
         return self.state[:, 2:], (self.state[:, 1] - x) / 0.05 - 0.1 * np.square(action).sum(1)
 
-
 class Episodes:
     """Episodes end to end: obs (N, 17), act (N, 6), rew (N,), float32, N steps in all; first, length (E,) of each episode."""
     def __init__(self, obs, act, rew, length):
         self.obs, self.act, self.rew, self.length = obs, act, rew, np.asarray(length)
         self.first = np.cumsum(self.length) - self.length
         self.returns = np.add.reduceat(rew, self.first, dtype=np.float64)
-
 
 def read_episodes(path):
     """Read a .hdf5 in Minari's layout (groups episode_<i>) or D4RL's (flat arrays) -> Episodes. Broken files get a sentence."""
@@ -284,360 +449,92 @@ def read_episodes(path):
         x = node[name]
         if x.size * x.dtype.itemsize > 1000 * path.stat().st_size:      # a flipped bit in a shape would ask for terabytes
             raise ValueError(f"{name} claims {x.size} numbers")
-        x = np.asarray(x[()], np.float32)
-        if not shape and x.shape == (len(x), 1):                        # D4RL's rewards may be a column
-            x = x[:, 0]
-        if x.shape[1:] != shape or not np.isfinite(x).all():
-            raise ValueError(f"{name} {x.shape} is not of shape (steps, {', '.join(map(str, shape))}) or not finite")
+        x = np.asarray(x[()], np.float32).reshape(len(x), *shape)       # D4RL's rewards may be a column; of another width: ValueError
+        if not np.isfinite(x).all():
+            raise ValueError(f"{name} holds numbers that are not finite")
         return x
 
-    try:
-        with h5py.File(path, "r") as f:
-            groups = sorted((k for k in f if k.startswith("episode_")), key=lambda k: int(k[8:]))
-            if groups:
-                parts = [(array(f[k], "observations", 17), array(f[k], "actions", 6), array(f[k], "rewards")) for k in groups]
-                if not all(len(o) == len(a) + 1 == len(r) + 1 > 1 for o, a, r in parts):
-                    raise ValueError("an episode's arrays do not fit each other")
-                obs, act, rew = np.concatenate([o[:-1] for o, _, _ in parts]), *(np.concatenate([p[i] for p in parts]) for i in (1, 2))
-                length = [len(r) for _, _, r in parts]
-            else:
-                obs, act, rew = array(f, "observations", 17), array(f, "actions", 6), array(f, "rewards")
-                ends = array(f, "timeouts") if "timeouts" in f else np.arange(1, len(rew) + 1) % 1000 == 0
-                ends = np.logical_or(ends, array(f, "terminals") if "terminals" in f else False)
-                if not len(obs) == len(act) == len(rew) == len(ends) or not ends.any():
-                    raise ValueError("its arrays do not fit each other, or no episode in it ends")
-                length = np.diff(np.flatnonzero(ends), prepend=-1)
-                N = length.sum()                    # a tail without an end has no known return: dropped
-                obs, act, rew = obs[:N], act[:N], rew[:N]
-    except Exception as e:                          # h5py raises OSError, KeyError, RuntimeError, TypeError, ... for broken files
-        sorry(f"{path} is not a HalfCheetah data set that can be read ({e})")
+    with reading(f"{path}, which should be a HalfCheetah data set,"), h5py.File(path, "r") as f:
+        groups = sorted((k for k in f if k.startswith("episode_")), key=lambda k: int(k[8:]))
+        if groups:                                  # Minari's: an episode has one observation more than actions, the last one: dropped
+            parts = [(array(f[k], "observations", 17), array(f[k], "actions", 6), array(f[k], "rewards")) for k in groups]
+            if not all(len(o) == len(a) + 1 == len(r) + 1 > 1 for o, a, r in parts):
+                raise ValueError("an episode's arrays do not fit each other")
+            obs, act, rew = map(np.concatenate, zip(*[(o[:-1], a, r) for o, a, r in parts]))
+            length = [len(r) for _, _, r in parts]
+        else:                                       # D4RL's: episodes end to end
+            obs, act, rew = array(f, "observations", 17), array(f, "actions", 6), array(f, "rewards")
+            ends = array(f, "timeouts") if "timeouts" in f else np.arange(1, len(rew) + 1) % 1000 == 0
+            ends = np.logical_or(ends, array(f, "terminals") if "terminals" in f else False)
+            if not len(obs) == len(act) == len(rew) == len(ends) or not ends.any():
+                raise ValueError("its arrays do not fit each other, or no episode in it ends")
+            length = np.diff(np.flatnonzero(ends), prepend=-1)
+            N = length.sum()                        # a tail without an end has no known return: dropped
+            obs, act, rew = obs[:N], act[:N], rew[:N]
     return Episodes(obs, act, rew, length)
 
-
-def write_episodes(path, obs, act, rew):
-    """obs (E, T+1, 17), act (E, T, 6), rew (E, T) -> path in Minari's layout, and what minari.MinariDataset(folder) wants."""
-    import gymnasium, h5py
-    from tqdm import tqdm
-    E, T = rew.shape
-    ends = dict(terminations=np.zeros(T, bool), truncations=np.arange(T) == T - 1)      # it never terminates: time runs out
-    with whole_file(path) as part, h5py.File(part, "w") as f:
-        for i in tqdm(range(E), desc="writing", unit="episode", disable=None):
-            group = f.create_group(f"episode_{i}")
-            group.attrs["id"], group.attrs["total_steps"] = i, T
-            for name, x in dict(observations=obs[i], actions=act[i], rewards=rew[i], **ends).items():
-                group.create_dataset(name, data=x, chunks=x.shape, fletcher32=True)     # checksums: flipped bits are noticed
-    box = lambda n, bound: json.dumps(dict(type="Box", dtype="float32", shape=[n], low=[-bound] * n, high=[bound] * n))
-    with whole_file(path.with_name("metadata.json")) as part:
-        part.write_text(json.dumps(dict(
-            total_episodes=E, total_steps=E * T, data_format="hdf5", dataset_id="mujoco/halfcheetah/ladder-v0", minari_version="0.5.4",
-            observation_space=box(17, float("inf")), action_space=box(6, 1.0), env_spec=gymnasium.spec("HalfCheetah-v5").to_json())))
-    if (main := path.with_name("main_data.hdf5")).is_symlink() or not main.exists():        # it may be of another run
-        with contextlib.suppress(FileExistsError):      # or another run makes it, just now
-            main.unlink(missing_ok=True)
-            main.symlink_to(path.name)
-
-
 def find_ladder(name):
-    """--dataset -> its path. What dt_cheetah.py's defaults or its --ladder_episodes 1 make is made by it, in a process, if it is not there
-    or older than the ladder."""
+    """--dataset -> its path. The file that dt_cheetah.py collects by default, and the one of --smoke (an episode per gait), are made by that
+    script, as a process, if they are missing or older than the ladder of gaits that they come from."""
     path, script = pathlib.Path(name), pathlib.Path(__file__).with_name("dt_cheetah.py")
     ladder = script.with_name("data") / "cheetah_ladder.npz"
-    made = re.fullmatch(r"out/data/cheetah_ladder(_1_0\.05_0\.6_0\.3)?\.hdf5", name)
-    good = path.exists() and not (ladder.exists() and path.stat().st_mtime < ladder.stat().st_mtime)
-    if made and script.exists() and not good:
+    collected = re.fullmatch(r"out/data/cheetah_ladder(_1_0\.05_0\.6_0\.3)?\.hdf5", name)
+    stale = path.exists() and ladder.exists() and path.stat().st_mtime < ladder.stat().st_mtime
+    if collected and script.exists() and (stale or not path.exists()):
         import subprocess
-        flags = "--collect" + (" --ladder_episodes 1" if made[1] else "")
-        print(f"{path} is not there, or of an older ladder; dt_cheetah.py makes it: python {script.name} {flags}", flush=True)
-        if subprocess.run([sys.executable, script, *flags.split()], stdout=subprocess.DEVNULL).returncode:
+        flags = ["--collect", *(["--ladder_episodes", "1"] if collected[1] else [])]
+        why = "of an older ladder" if stale else "not there"
+        print(f"{path} is {why}; dt_cheetah.py makes it: python dt_cheetah.py {' '.join(flags)}", flush=True)
+        if subprocess.run([sys.executable, script, *flags], stdout=subprocess.DEVNULL).returncode:
             sorry("dt_cheetah.py could not make the episodes; its sentence is above")
     if not path.is_file():
         sorry(f"{path} is not there: --dataset takes a HalfCheetah .hdf5, of Minari, D4RL or dt_cheetah.py (out/data)")
     return path
 
-# ---- part 4: texts ---------------------------------------------------------------------------------------------------------
-
+# ---- part 6: texts -------------------------------------------------------------------------------------------------------
 def read_texts(path):
-    """Texts from lines (`text -- author`), .csv or .json, in UTF-8, UTF-16 or Windows' Latin -> sorted by length, printable ASCII."""
-    try:
+    """Lines (`text -- author`), .csv or .json, in UTF-8, UTF-16 or Windows' Latin -> texts in printable ASCII, by length."""
+    with reading(path):
         raw = pathlib.Path(path).read_bytes()
-        if b"\0" in raw and not raw.startswith((b"\xff\xfe", b"\xfe\xff")):
+        utf16 = raw[:2] in (b"\xff\xfe", b"\xfe\xff")              # its byte order mark
+        if b"\0" in raw and not utf16:
             raise ValueError("it is binary")
-        for encoding in ("utf-16",) if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else ("utf-8-sig", "cp1252", "latin-1"):
-            try:
-                text = raw.decode(encoding, "replace" if encoding == "utf-16" else "strict")
-                break
-            except UnicodeDecodeError:
-                continue
+        try:
+            text = raw.decode("utf-16", "replace") if utf16 else raw.decode("utf-8-sig")
+        except UnicodeDecodeError:
+            text = raw.decode("cp1252", "replace")
         if path.endswith(".json"):
             rows = json.loads(text)
-            if isinstance(rows, dict):              # {"quotes": [...], "source": ...}, or {author: quote}
-                rows = [x for v in rows.values() if isinstance(v, list) for x in v] or list(rows.values())
-            of = lambda x: next((x[k] for k in ("quote", "text", "Quote", "q", "body") if k in x), "") if isinstance(x, dict) else x
-            found = [x if isinstance(x, str) else "" for x in map(of, rows)]
+            if isinstance(rows, dict):                              # {"quotes": [...], "source": ...}, or {author: quote}
+                rows = [x for v in rows.values() if isinstance(v, list) for x in v] or rows.values()
         elif path.endswith(".csv"):
-            rows = [row for row in csv.reader(io.StringIO(text)) if row]
-            head = [x.strip().lower() for x in rows[0]]
-            column = next((head.index(k) for k in ("quote", "text", "q") if k in head), None)
-            found = [row[column or 0] for row in rows[column is not None:] if len(row) > (column or 0)]
+            head, *rows = [row for row in csv.reader(io.StringIO(text)) if row]
+            names = [x.strip().lower() for x in head]
+            rows = [dict(zip(names, row)) for row in rows] if {"quote", "text", "q"} & {*names} else [row[0] for row in (head, *rows)]
         else:
-            found = [line.split(" -- ")[0] for line in text.splitlines()]
-    except (OSError, ValueError, csv.Error, IndexError, AttributeError, TypeError, RecursionError) as e:
-        sorry(f"{path} cannot be read as texts ({e})")
+            rows = [line.split(" -- ")[0] for line in text.splitlines()]
+        rows = [next((x[k] for k in ("quote", "text", "Quote", "q", "body") if k in x), "") if isinstance(x, dict) else x for x in rows]
     plain = str.maketrans("\u2018\u2019\u201c\u201d\u2013\u2014\u2026", "''\"\"--.")
-    clean = [unicodedata.normalize("NFKD", str(x).translate(plain)).encode("ascii", "ignore").decode() for x in found]
-    clean = [" ".join("".join(ch if " " <= ch <= "~" else " " for ch in x).split()) for x in clean]
-    kept = {x.casefold(): x for x in reversed(clean) if 2 <= len(x) <= 120}              # of duplicates the first one stays
-    full = sum(2 <= len(x) for x in clean)
-    print(f"{len(kept)} texts from {path}; dropped: {len(clean) - full} empty, {sum(len(x) > 120 for x in clean)} longer than 120, "
-          f"{sum(2 <= len(x) <= 120 for x in clean) - len(kept)} duplicates")
+    texts = [unicodedata.normalize("NFKD", x.translate(plain)).encode("ascii", "ignore").decode() for x in rows if isinstance(x, str)]
+    texts = [x for x in (re.sub("[^!-~]+", " ", x).strip() for x in texts) if 2 <= len(x) <= 120]
+    kept = {x.casefold(): x for x in reversed(texts)}               # of duplicates the first one stays
+    print(f"{len(kept)} texts from {path}; dropped: {len(rows) - len(texts)} empty or over 120 letters, {len(texts) - len(kept)} duplicates")
     if len(kept) < 10:
         sorry(f"{path} has {len(kept)} texts that can be used; at least 10 are needed")
     return sorted(kept.values(), key=lambda x: (len(x), x))
 
-# ---- part 5: the next token ------------------------------------------------------------------------------------------------
-
-def penalize(scores, ids, penalty):
-    """CTRL's repetition penalty (arXiv 1909.05858): tokens of ids (B, T) become less likely in scores (B, V)."""
-    seen = scores.gather(1, ids)
-    return scores.scatter(1, ids, torch.where(seen < 0, seen * penalty, seen / penalty))
-
-
-def sample(logits, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0, ids=None, generator=None):
-    """logits (B, V) -> next tokens (B,). temperature 0 is greedy; top_k 0 and top_p 1 keep all; ids (B, T) are penalized."""
-    if repetition_penalty != 1.0:
-        logits = penalize(logits, ids, repetition_penalty)
-    if temperature == 0:
-        return logits.argmax(-1)
-    logits = logits / temperature
-    if 0 < top_k < logits.size(-1):
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
-    if top_p < 1.0:
-        p, order = logits.softmax(-1).sort(-1, descending=True)
-        drop = p.cumsum(-1) - p >= top_p            # the mass BEFORE a token: the first one always stays
-        logits = logits.masked_fill(drop.scatter(1, order, drop), -torch.inf)
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
-
-
-def beam_search(step, prompt, width, max_new, eos=(), length_penalty=1.0, repetition_penalty=1.0):
-    """The best continuation of prompt (a list of ids) and its score, sum of log-probabilities / length**length_penalty.
-
-    step(ids (W, T), parent (W,)) -> next-token logits (W, V); parent tells which row of the last call each row goes on
-    from, for those who keep a KV cache. Ends as transformers does (early_stopping=False); lengths count eos, not the prompt.
-    """
-    eos = set(eos)
-    ids, scores, parent = torch.tensor([prompt]), torch.zeros(1), torch.zeros(1, dtype=torch.long)
-    done = []                                       # finished (score, ids), best first, at most `width`
-    for n in range(1, max_new + 1):
-        logp = step(ids, parent).float().log_softmax(-1)
-        if repetition_penalty != 1.0:
-            logp = penalize(logp, ids.to(logp.device), repetition_penalty)
-        V = logp.size(1)
-        total = (scores[:, None] + logp.cpu()).flatten()
-        # eos can end at most len(eos) candidates per beam: so many more than width are enough to keep width alive
-        best, at = total.topk(min(max(2, 1 + len(eos)) * width, total.numel()))
-        keep = []
-        for rank, (s, i) in enumerate(zip(best.tolist(), at.tolist())):
-            if i % V in eos or n == max_new:
-                if rank < width:                    # an ending outside the first `width` would not have lived anyway
-                    done.append((s / n**length_penalty, ids[i // V].tolist() + [i % V]))
-            elif len(keep) < width:
-                keep.append((s, i))
-        done = sorted(done, key=lambda d: -d[0])[:width]
-        # stop when no running beam, as it stands, beats the worst of a full set of finished ones
-        if not keep or len(done) == width and keep[0][0] / n**length_penalty <= done[-1][0]:
-            break
-        scores = torch.tensor([s for s, _ in keep])
-        parent = torch.tensor([i // V for _, i in keep])
-        ids = torch.cat([ids[parent], torch.tensor([[i % V] for _, i in keep])], 1)
-    return done[0][1], done[0][0]
-
-# ---- part 6: pictures ------------------------------------------------------------------------------------------------------
-
-class SideView:
-    """A numpy camera that looks at planar capsules from the side: shaded, anti-aliased, over a chequered floor that scrolls.
-    width, height in pixels, both divisible by 16 (video codecs want that); scale in pixels per metre. No OpenGL."""
-
-    def __init__(self, width=640, height=352, scale=150.0):
-        self.w, self.h, self.scale, self.glyphs = width, height, scale, {}
-        self.ground = int(height * 0.74)                        # the row where z = 0 stands
-        down = np.linspace(0, 1, self.ground, dtype=np.float32)[:, None, None]
-        sky = np.float32([126, 172, 214]) * (1 - down) + np.float32([240, 243, 238]) * down
-        self.back = np.empty((height, width, 3), np.float32)
-        self.back[:self.ground], self.back[self.ground:] = sky, np.float32([171, 186, 160])
-        self.column = (np.arange(width, dtype=np.float32) - width / 2) / scale      # metres right of the camera
-        # the floor in perspective: rows nearer to the viewer show larger chequers; in depth they are evenly wide in log(near)
-        near = 1 + np.arange(height - self.ground, dtype=np.float32)[:, None] / 60
-        self.floor_x, self.floor_row = self.column / near, np.clip(np.sin(np.pi * 2.2 * np.log(near)) * 8, -1, 1)
-        self.floor_edge = scale * near                          # pixels per metre there: the rims are blurred by one pixel
-
-    def frame(self, capsules, colors, camera, lines=()):
-        """capsules (n, 5): x0, z0, x1, z1, radius in metres; colors (n, 3) in 0..255; camera: x in the middle of the picture;
-        lines: texts from the top left. -> (height, width, 3) uint8."""
-        img, g = self.back.copy(), self.ground
-        # hills move at a fifth of the speed: the eye reads the speed off the difference
-        far = self.column + np.float32(camera * 0.2)
-        for base, amp, color in ((52, 16, (176, 199, 205)), (26, 11, (142, 176, 164))):
-            top = base + amp * (np.sin(far * (40 / base)) + 0.6 * np.sin(far * (91 / base) + 1))
-            band = img[g - base - 2 * amp:g]
-            cover = np.clip(np.arange(len(band))[::-1, None] * -1.0 + top, 0, 1).astype(np.float32)[..., None]
-            band += cover * (np.float32(color) - band)
-        wave = np.abs((self.floor_x + np.float32(camera)) % 2 - 1)                  # 1 m chequers: crosses 1/2 at their rims
-        floor = np.clip((0.5 - wave) * self.floor_edge, -1, 1) * self.floor_row
-        img[g:] += floor[..., None] * np.float32([17, 15, 17])
-        for x0, _, x1, _, r in capsules:                        # a soft shadow under each
-            middle, half = (x0 + x1) / 2 - camera, abs(x1 - x0) / 2 + r
-            d = ((self.column - np.float32(middle)) / half)**2 + ((np.arange(16, dtype=np.float32)[:, None] - 6) / 8)**2
-            img[g:g + 16] *= (1 - 0.18 * np.clip(1 - d, 0, 1))[..., None]
-        for capsule, color in zip(capsules, colors):
-            self._capsule(img, capsule, np.float32(color), camera)
-        img = img.astype(np.uint8)
-        for i, line in enumerate(lines):
-            self.text(img, line, 14, 10 + 24 * i)
-        return img
-
-    def _capsule(self, img, capsule, color, camera):
-        x0, z0, x1, z1, r = capsule
-        p = np.float32([self.w / 2 + (x0 - camera) * self.scale, self.ground - z0 * self.scale])
-        v = np.float32([(x1 - x0) * self.scale, (z0 - z1) * self.scale])            # along the axis, in pixels, y down
-        r = np.float32(r * self.scale)
-        left, top = np.floor(np.minimum(p, p + v) - r - 1).clip(0, (self.w, self.h)).astype(int)
-        right, bottom = np.ceil(np.maximum(p, p + v) + r + 2).clip(0, (self.w, self.h)).astype(int)
-        if left >= right or top >= bottom:
-            return
-        dx = np.arange(left, right, dtype=np.float32)[None] - p[0]
-        dy = np.arange(top, bottom, dtype=np.float32)[:, None] - p[1]
-        along = np.clip((dx * v[0] + dy * v[1]) / max(float(v @ v), 1e-6), 0, 1)    # nearest point of the axis
-        nx, ny = (dx - along * v[0]) / r, (dy - along * v[1]) / r                   # outward, length 1 at the surface
-        d2 = nx * nx + ny * ny
-        nz = np.sqrt(np.clip(1 - d2, 0, 1))                                         # towards the viewer
-        light = np.clip(0.55 - 0.16 * nx - 0.26 * ny + 0.32 * nz, 0, 1.25)
-        shine = 70 * np.clip(-0.35 * nx - 0.62 * ny + 0.70 * nz, 0, 1)**24
-        cover = np.clip((1 - np.sqrt(d2)) * r + 0.5, 0, 1)[..., None]               # signed distance: a rim one pixel soft
-        box = img[top:bottom, left:right]
-        box += cover * (np.clip(color * light[..., None] + shine[..., None], 0, 255) - box)
-
-    def text(self, img, line, x, y, color=(28, 36, 44)):
-        """Write line into img (H, W, 3) uint8 at pixel (x, y); each glyph is drawn once and kept."""
-        for ch in line:
-            if ch not in self.glyphs:
-                from PIL import Image, ImageDraw, ImageFont
-                font = ImageFont.load_default(size=19)
-                tile = Image.new("L", (max(1, round(font.getlength(ch))), 26))
-                ImageDraw.Draw(tile).text((0, 2), ch, font=font, fill=255)
-                self.glyphs[ch] = np.asarray(tile, np.float32)[..., None] / 255
-            g = self.glyphs[ch]
-            x1, y1 = min(x + g.shape[1], self.w), min(y + g.shape[0], self.h)
-            if x1 > x and y1 > y:
-                box = img[y:y1, x:x1]
-                box[:] = box + g[:y1 - y, :x1 - x] * (np.array(color) - box)
-            x += g.shape[1]
-
-
-def cheetah_capsules(model, data):
-    """HalfCheetah's bodies from MuJoCo's geom positions, for SideView.frame: capsules (8, 5), colors (8, 3), far ones first."""
-    half = model.geom_size[1:, 1:2] * data.geom_xmat[1:].reshape(-1, 3, 3)[:, :, 2]             # geom 0 is the floor
-    a, b = data.geom_xpos[1:] - half, data.geom_xpos[1:] + half
-    order = [2, 3, 4, 0, 1, 5, 6, 7]                # back leg (thigh, shin, foot), torso, head, front leg
-    colors = [(168, 98, 44), (158, 88, 38), (146, 78, 34), (231, 157, 66), (239, 174, 88), (214, 138, 56), (202, 124, 48), (190, 110, 42)]
-    return np.concatenate([a[:, ::2], b[:, ::2], model.geom_size[1:, :1]], 1)[order], colors
-
-
-def draw_episode(model, diary, renderer="numpy"):
-    """diary: (qpos (9,), return so far, target) per step of 0.05 s -> frames (352, 640, 3) uint8 of HalfCheetah, by SideView or,
-    where OpenGL works, by MuJoCo's own renderer. model: the MjModel."""
-    import mujoco, warnings
-    view, data, gl = SideView(), mujoco.MjData(model), None
-    if renderer == "mujoco":
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")     # GLFW's, in four lines
-                gl = mujoco.Renderer(model, view.h, view.w)
-        except Exception as e:                      # no GL library, no display, no device: each its own error
-            print(f"no OpenGL here ({type(e).__name__}): drawing with numpy instead", file=sys.stderr)
-    for step, (qpos, earned, target) in enumerate(diary):
-        data.qpos[:] = qpos
-        mujoco.mj_forward(model, data)
-        back = max(0, step - 20)                    # the speed of the last second
-        speed = (qpos[0] - diary[back][0][0]) / (0.05 * max(1, step - back))
-        lines = [f"target {target:.0f}", f"return {earned:z.0f}", f"{speed:.1f} m/s"]
-        if gl is None:
-            yield view.frame(*cheetah_capsules(model, data), qpos[0], lines)
-        else:
-            gl.update_scene(data, camera="track")
-            frame = gl.render().copy()
-            for i, line in enumerate(lines):
-                view.text(frame, line, 14, 10 + 24 * i, color=(250, 250, 250))
-            yield frame
-
-
-def write_video(path, frames, fps=20):
-    """frames: an iterable of (H, W, 3) uint8, H and W divisible by 16 -> an mp4 (H.264) at path. 20 fps is HalfCheetah's time."""
-    import imageio.v2 as imageio
-    with whole_file(path) as part:
-        with imageio.get_writer(part, format="FFMPEG", fps=fps, codec="libx264", macro_block_size=16, quality=None,
-                                output_params=["-crf", "23", "-preset", "veryfast"]) as w:
-            for frame in frames:
-                w.append_data(frame)
-    return path
-
-
-def draw_pen(field, R, C, text, stay=20):
-    """field (H, W): flags 1 vertical wall, 2 horizontal; text is written along R, C, a letter a step -> frames (h, w, 3) uint8, sides
-    divisible by 16, for write_video: one per step, the last one `stay` times."""
-    from PIL import Image, ImageDraw, ImageFont
-    (H, W), w, h, font = field.shape, 12, 20, ImageFont.load_default(size=18)
-    spot = lambda r, c: (int(c) * w + w // 2, int(r) * h + h // 2)
-    page = Image.new("RGB", (-(-W * w // 16) * 16, -(-(H + 2) * h // 16) * 16), (250, 248, 242))
-    for r, c in np.argwhere(field):                         # half a wall to each neighbour that goes on, so that ends are ends
-        for flag, (dr, dc) in [(1, (1, 0)), (1, (-1, 0)), (2, (0, 1)), (2, (0, -1))]:
-            if field[r, c] & flag and 0 <= r + dr < H and 0 <= c + dc < W:
-                (x, y), (u, v) = spot(r, c), spot(r + dr, c + dc)
-                ImageDraw.Draw(page).line((x, y, (x + u) // 2, (y + v) // 2), fill=(52, 62, 80), width=3)
-    at = [spot(r, c) for r, c in zip(R, C)]
-    for t in [*range(len(at)), *[len(at) - 1] * stay]:
-        frame = page.copy()
-        pencil, (x, y) = ImageDraw.Draw(frame), at[t]
-        pencil.line(at[:t + 1], fill=(240, 222, 190), width=5, joint="curve")
-        for place, ch in {place: ch for place, ch in zip(at[:t + 1], text) if ch != " "}.items():
-            pencil.text(place, ch, font=font, fill=(160, 44, 36), anchor="mm")
-        pencil.text((spot(0, 0)[0], H * h + 8), text[:t + 1], font=font, fill=(96, 90, 84))
-        pencil.ellipse((x - 8, y - 8, x + 8, y + 8), outline=(34, 120, 200), width=2)
-        yield np.asarray(frame)
-
-
-def write_picture(path, frame):
-    """frame (H, W, 3) uint8 -> a PNG at path."""
-    from PIL import Image
-    with whole_file(path) as part:
-        Image.fromarray(frame).save(part)
-    return path
-
-# ---- part 7: model files ---------------------------------------------------------------------------------------------------
-
+# ---- part 7: model files -------------------------------------------------------------------------------------------------
 DTYPES = dict(F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16, I64=torch.int64, I32=torch.int32,
               I16=torch.int16, I8=torch.int8, U8=torch.uint8, BOOL=torch.bool)          # as safetensors files name them
-
-
-@contextlib.contextmanager
-def reading(what):
-    """Whatever Python raises in this block over a broken file, the user reads one sentence: `what` cannot be read, and why."""
-    try:
-        yield
-    except Exception as e:              # JSON, slices, dicts, tensors, requests: each has errors of its own
-        why = f"it lacks {e}" if isinstance(e, KeyError) else str(e) or type(e).__name__
-        sorry(f"{what} cannot be read ({why[:200]})")
-
 
 def read_json(path):
     """A JSON object from a file, as a dict."""
     with reading(path):
-        return {**json.loads(pathlib.Path(path).read_bytes())}
-
+        return {**json.loads(pathlib.Path(path).read_bytes())}      # of a list, ** is a TypeError, and so a sentence
 
 def write_json(path, value):
     with whole_file(path) as part:
         part.write_text(json.dumps(value, indent=1))
-
 
 def read_jsonl(path, keys):
     """A JSON-lines file -> its rows as dicts. What stands under keys must be text; whatever else a row holds passes through."""
@@ -649,36 +546,29 @@ def read_jsonl(path, keys):
                 rows.append({**row, **{k: row[k].encode("utf-8", "replace").decode() for k in keys}})
     return rows or sorry(f"{path} has no rows")
 
-
 class Stored(collections.namedtuple("Stored", "path dtype shape begin end")):
     """Where in a safetensors file a tensor lies, begin and end in bytes; nothing of it is read before tensor() is called."""
     def tensor(self):
         """The tensor as a view of the file's pages: they come into memory where they are read, and leave with the tensor."""
-        if self.begin == self.end:
-            return torch.empty(self.shape, dtype=self.dtype)
-        base = self.begin - self.begin % mmap.ALLOCATIONGRANULARITY
-        with open(self.path, "rb") as f:
-            pages = mmap.mmap(f.fileno(), self.end - base, access=mmap.ACCESS_COPY, offset=base)
-        x = torch.frombuffer(pages, dtype=torch.uint8, offset=self.begin - base)
+        x = torch.from_numpy(np.memmap(self.path, np.uint8, "c", self.begin, (self.end - self.begin,)))    # c: copied where written to
         return (x.clone() if self.begin % self.dtype.itemsize else x).view(self.dtype).view(self.shape)     # old files align nothing
-
 
 def read_safetensors(path):
     """A safetensors file -> {name: Stored}: 8 bytes of length, so much JSON, then the tensors without a gap, all of it checked."""
     with reading(path), open(path, "rb") as f:
         table, size, n = {}, os.path.getsize(path), int.from_bytes(f.read(8), "little")
-        head, end = json.loads(f.read(n) if n <= min(size, 100 << 20) else b""), 8 + n
+        head = json.loads(f.read(n) if n <= min(size, 100 << 20) else b"")
         head.pop("__metadata__", None)
+        data, end = 8 + n, 0                        # where the tensors begin in the file; how far they have come, counted from there
         for name, e in sorted(head.items(), key=lambda item: item[1]["data_offsets"]):
             dtype, shape, (begin, stop) = DTYPES[e["dtype"]], tuple(e["shape"]), e["data_offsets"]
-            whole = all(type(v) is int and v >= 0 for v in (begin, stop, *shape)) and 8 + n + begin == end
+            whole = all(type(v) is int and v >= 0 for v in (begin, stop, *shape)) and begin == end
             if not whole or stop - begin != math.prod(shape) * dtype.itemsize:
                 raise ValueError(f"the header's sizes for {name} do not fit each other")
-            table[name], end = Stored(path, dtype, shape, end, 8 + n + stop), 8 + n + stop
-        if end != size:
-            raise ValueError(f"it has {size} bytes, its header says {end}")
+            table[name], end = Stored(path, dtype, shape, data + begin, data + stop), stop
+        if data + end != size:
+            raise ValueError(f"it has {size} bytes, its header says {data + end}")
         return table
-
 
 def find_tensors(folder):
     """All tensors of a model folder, in model.safetensors or in shards with an index: {name: Stored}."""
@@ -689,75 +579,38 @@ def find_tensors(folder):
             files = sorted({os.path.basename(f) for f in read_json(index)["weight_map"].values()})     # beside it, wherever they claim
     return {name: x for f in files for name, x in read_safetensors(single.with_name(f)).items()}
 
-
 def write_safetensors(path, spec, tensor_of):
     """spec {name: (dtype, shape)}; tensor_of(name) is asked for one tensor at a time: they need not all be in memory."""
-    at, table, code = 0, {"__metadata__": {"format": "pt"}}, {v: k for k, v in DTYPES.items()}
+    table, end, code = {"__metadata__": {"format": "pt"}}, 0, {v: k for k, v in DTYPES.items()}
     for name, (dtype, shape) in spec.items():
-        end = at + math.prod(shape) * dtype.itemsize
-        table[name], at = dict(dtype=code[dtype], shape=list(shape), data_offsets=[at, end]), end
-    head = json.dumps(table).encode()
-    head += b" " * (-len(head) % 8)                 # tensors begin on a multiple of 8
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
+        table[name] = dict(dtype=code[dtype], shape=list(shape), data_offsets=[begin, end])
+    head = json.dumps(table)
+    head += " " * (-len(head) % 8)                  # tensors begin on a multiple of 8
     with whole_file(path) as part, open(part, "wb") as f:
-        f.write(len(head).to_bytes(8, "little") + head)
+        f.write(len(head).to_bytes(8, "little") + head.encode())
         for name, (dtype, _) in spec.items():
             f.write(tensor_of(name).detach().to("cpu", dtype).contiguous().view(-1).view(torch.uint8).numpy())
 
-
-def read_protobuf(raw):
-    """[(field, value)] of one protobuf message: ints, or bytes for strings, messages and fixed-width numbers."""
-    stream, out = iter(raw), []
-
-    def varint(byte):                               # seven bits a byte, the lowest first; the eighth says that more come
-        return byte if byte < 128 else byte - 128 + (varint(next(stream)) << 7)
-
-    for byte in stream:
-        field, kind = divmod(varint(byte), 8)
-        value = varint(next(stream)) if kind in (0, 2) else {1: 8, 5: 4}[kind]
-        if kind:                                    # the value so far is a length
-            length, value = value, bytes(itertools.islice(stream, value))
-            if len(value) < length:
-                raise ValueError("it is cut short")
-        out.append((field, value))
-    return out
-
-
-def read_sentencepiece(raw):
-    """A tokenizer.model (sentencepiece_model.proto) of BPE with byte fallback and without normalization -> the pieces' texts, their
-    scores, their kinds (1 normal, 2 unknown, 3 control, 6 byte), and whether a space is put before the text. ValueError: another sort."""
-    message = read_protobuf(raw)
-    pieces = [dict(read_protobuf(v)) for f, v in message if f == 1]
-    trainer, norm = (dict(read_protobuf(dict(message)[f])) for f in (2, 3))
-    text, kinds = [p[1].decode() for p in pieces], [p.get(3, 1) for p in pieces]
-    # trainer: 3 is model_type (2: BPE), 35 byte_fallback; norm: 2 is a table of replacements, 4 remove_extra_whitespaces,
-    # 5 escape them; kinds that are not handled: 4 user-defined, 5 unused
-    if trainer.get(3) != 2 or not trainer.get(35) or norm.get(2) or norm.get(4, 1) or not norm.get(5, 1) or {4, 5} & {*kinds}:
-        raise ValueError("only sentencepiece's BPE with byte fallback and without normalization is handled")
-    return text, [np.frombuffer(p.get(2, bytes(4)), "<f4")[0] for p in pieces], kinds, bool(norm.get(3, 1))
-
-# ---- part 8: a server that answers, and what was paid ------------------------------------------------------------------------
-
+# ---- part 8: a server that answers, and what was paid --------------------------------------------------------------------
 OPENAI = "https://api.openai.com/v1"
-
 
 def read_key(args, free, asks):
     """The API key, from OPENAI_API_KEY only. It goes into one header and nowhere else: no file, prompt, log or message. asks: whether
     a model is asked at all; free: the flag with which none is."""
     if not re.fullmatch(r"https?://[^\s@/]+(/[^\s@]*)?", args.api_base):        # a password would end up in the results
         sorry("--api_base takes http://host:port/v1 or https://host/v1, and no user or password in it; a key goes into OPENAI_API_KEY")
-    key = os.environ.get("OPENAI_API_KEY", "").strip() * asks
+    key = os.environ.get("OPENAI_API_KEY", "").strip() if asks else ""
     if not re.fullmatch(r"[\x21-\x7e]*", key):          # requests would quote the whole header in its complaint
         sorry("OPENAI_API_KEY holds characters that no key has; set it anew")
     if asks and not key and args.api_base == OPENAI:
         sorry(f"set OPENAI_API_KEY, or --api_base for a server of your own, or use {free}, which needs neither")
     return key
 
-
 def hide(text, key):
     """text without the key, should a guide or a server repeat it. Under 8 letters it is what people set for a server that wants none:
     "none", "x", a part of many words."""
     return re.sub(r"\bsk-[\w*.-]{8,}", "[key]", text.replace(key, "[key]") if len(key) >= 8 else text)
-
 
 class Journal:
     """Append-only JSON lines, on disk before the run goes on: {"ask": n, "bound": $} before a request, {"n": n, "key": its place in the
@@ -776,12 +629,10 @@ class Journal:
             sorry(f"another run is writing to {path}; wait for it")
         self.file.seek(0)
         for number, line in enumerate(self.file, 1):
-            try:
-                self.count(json.loads(line) if line.endswith(b"\n") else {})
-            except (ValueError, KeyError, TypeError):
-                if line.endswith(b"\n"):
-                    sorry(f"{path} line {number} is not a line of this journal; remove that line to go on")
+            if not line.endswith(b"\n"):
                 break                                                   # torn by a crash: cut off
+            with reading(f"{path}, line {number} (remove it to go on)"):
+                self.count(json.loads(line))
             good += len(line)
         self.file.truncate(good)
 
@@ -800,14 +651,16 @@ class Journal:
         os.fsync(self.file.fileno())
         self.count(line)
 
-
 def post(args, key, idempotent, body):
     """One attempt. -> reply, finish, in, out (tokens), seconds; or why, with free=True if nothing can have been billed, retry=False if it
     is no use, after=seconds if the server asks for a pause. args: api_base, timeout."""
     import email.utils, requests
     got, began, url = {}, time.monotonic(), args.api_base.rstrip("/") + "/chat/completions"
-    # through auth, for requests would replace a plain header by what ~/.netrc has for the host
-    auth = lambda r: r.headers.update({"Authorization": f"Bearer {key}"} if key else {}) or r
+    def auth(request):                      # requests would replace a plain header by what ~/.netrc has for the host
+        if key:
+            request.headers["Authorization"] = f"Bearer {key}"
+        return request
+
     try:
         # servers and gateways that know Idempotency-Key answer a repeated request from memory, unpaid; others ignore it
         with requests.post(url, json=body, auth=auth, headers={"Idempotency-Key": idempotent}, stream=True, allow_redirects=False,

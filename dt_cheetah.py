@@ -10,25 +10,23 @@ from rough starts 6 of 300 fall. 38 to 57 s to the first video. Paper: Chen et a
 3. 500 steps at 1e-3 and no dropout, not 100,000 at 1e-4 with 0.1; training's windows, too, may begin before their episode
 Not handled: targets above 5400 (asked for more, it runs as fast as it can); getting up after a fall; environments of other shapes.
 """
-import functools, hashlib, json, math, pathlib, re, shutil, sys, time
+import contextlib, functools, hashlib, json, math, pathlib, re, shutil, time
 
 import common                       # before torch: it says how torch's threads wait
+from common import Cheetahs, sorry
 import numpy as np
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from common import Cheetahs, sorry
-
-S_DIM, A_DIM, T_DATA = 17, 6, 1000       # HalfCheetah-v5: observation, action, time limit in steps of 0.05 s (common.Cheetahs is many)
+S_DIM, A_DIM, T_DATA = 17, 6, 1000      # HalfCheetah-v5: numbers in an observation, in an action; its time limit in steps of 0.05 s
 RANDOM, EXPERT = -280.178953, 12135     # what D4RL's random policy and its expert earn: 0 and 100 of its scale (arXiv 2004.07219)
 OUT, SAVE_EVERY = pathlib.Path("out"), 100
 LADDER = str(pathlib.Path(__file__).resolve().parent / "data" / "cheetah_ladder.npz")
 NAMES = dict(rate="DT, reward rate", rtg="DT, return-to-go", bc="behaviour cloning")
 
 # ---- flags -----------------------------------------------------------------------------------------------------------------
-
 def get_args(argv=None):
     p = common.Flags(__doc__)
     # what is asked of the cheetah
@@ -77,20 +75,19 @@ def get_args(argv=None):
     p.flag("video_steps", 400, "its length in steps; 20 are a second")
     p.flag("renderer", "numpy", "numpy works anywhere; mujoco wants a working OpenGL", choices=["numpy", "mujoco"])
     p.flag("smoke", False, "the same path with tiny numbers, under a minute")
-    if "--smoke" in (sys.argv if argv is None else argv):       # its numbers are defaults: other flags still win over them
-        p.set_defaults(ladder_episodes=1, steps=20, n_embd=32, episodes=2, max_steps=100, video_steps=40, search_steps=2,
-                       search_iters=1, search_tries=2, search_stride=25)
-    args = p.parse_args(argv)
-    args.n_embd % args.n_head and p.error(f"argument --n_head: {args.n_head} heads do not share {args.n_embd} dimensions evenly")
-    args.search + args.collect + (args.dataset != "ladder") > 1 and p.error("--search and --collect are runs of their own, on the ladder")
+    args = p.parse_args(argv, smoke=dict(ladder_episodes=1, steps=20, n_embd=32, episodes=2, max_steps=100, video_steps=40, search_steps=2,
+                                         search_iters=1, search_tries=2, search_stride=25))
+    if args.n_embd % args.n_head:
+        p.error(f"argument --n_head: {args.n_head} heads do not share {args.n_embd} dimensions evenly")
+    if args.search + args.collect + (args.dataset != "ladder") > 1:
+        p.error("--search and --collect are runs of their own, on the ladder")
     try:
         args.targets = [x for t in args.targets or [str(args.target_rew)] for x in numbers(t)]
         pairs = [pair.split(":") for pair in args.target_schedule or []]
-        args.target_schedule = [(range(args.max_steps).index(int(t)), *numbers(x)) for t, x in pairs]
+        args.target_schedule = [(range(args.max_steps).index(int(t)), *numbers(x)) for t, x in pairs]   # index: ValueError past the end
     except ValueError as e:
         p.error(f"argument --targets or --target_schedule: {e}")
     return args
-
 
 def numbers(text):
     """"1200" -> [1200.0]; "100:300:100" -> [100.0, 200.0, 300.0]. ValueError on what is neither."""
@@ -100,7 +97,6 @@ def numbers(text):
     return x if len(x) == 1 else np.arange(x[0], x[1] + 1e-6 * x[2], x[2]).tolist()
 
 # ---- gaits: affine policies, many at once ----------------------------------------------------------------------------------
-
 def play(W, b, start, T, noise=0.0, rng=None, shove=None):
     """Let affine policies a = clip(W obs + b + noise) run T steps from start (n, 19) states: W (n, 6, 17), b (n, 6), or one for all,
     W (6, 17), b (6,). shove (n, 3): what the torso's velocities (m/s, m/s, rad/s) change by every 100 steps.
@@ -118,7 +114,6 @@ def play(W, b, start, T, noise=0.0, rng=None, shove=None):
         obs[:, t + 1], rew[:, t] = sim.step(a)
     return obs, act, rew, sim.state
 
-
 def starts(n, rng, running=None, noise=0.1):
     """n start states (n, 19): from rest, or every second one from running (m, 19), states that gaits were in in mid-run."""
     sim = Cheetahs(n)
@@ -128,16 +123,14 @@ def starts(n, rng, running=None, noise=0.1):
         sim.state[:, :2] = 0
     return sim.state
 
-
 def upright(obs):
     """obs (n, T+1, 17) -> (n, T) bool: True until the torso first pitches over 1.2 rad; from there no gait here comes back."""
     return np.logical_and.accumulate(np.abs(obs[:, 1:, 1]) < 1.2, axis=1)
 
 # ---- the data: a ladder of gaits, searched once, replayed on every machine ---------------------------------------------------
-
 def search_step(X, mean, std, score, rng, n_dir, top, step, nu):
     """One step of Augmented Random Search (Mania et al. 2018, arXiv 1803.07055, algorithm 2, V2-t): X (6, 18) is the policy on
-    normalised observations, its bias the last column. Try n_dir random directions both ways; the `top` best make the step."""
+    normalised observations, its bias the last column. Try n_dir random directions, nu long, both ways; the `top` best make the step."""
     D = rng.standard_normal((n_dir,) + X.shape)
     Y = np.concatenate([X + nu * D, X - nu * D])
     W = Y[:, :, :S_DIM] / std
@@ -146,14 +139,13 @@ def search_step(X, mean, std, score, rng, n_dir, top, step, nu):
     spread = np.concatenate([plus[best], minus[best]]).std() + 1e-6
     return X + step / (top * spread) * np.einsum("k,kij->ij", plus[best] - minus[best], D[best])
 
-
 def fast_gait(args, z, save):
     """Random search from nothing: the score is the return, and a fall ends it. z: the state to go on from. -> W, b."""
     X, mean, std = z.get("X", np.zeros((A_DIM, S_DIM + 1))), z.get("mean", np.zeros(S_DIM)), z.get("std", np.ones(S_DIM))
     count, total, squares = z.get("count", 0), z.get("total", 0), z.get("squares", 0)
     bar = tqdm(range(int(z.get("step", 0)), args.search_steps), desc="random search", unit="step", disable=None)
     for step in bar:
-        rng, seen = np.random.default_rng((args.search_seed, step)), []
+        rng, seen = np.random.default_rng((args.search_seed, step)), []      # seen: what score() saw, which search_step does not return
 
         def score(W, b):
             obs, _, rew, _ = play(W, b, starts(len(W), rng), T_DATA)
@@ -168,7 +160,6 @@ def fast_gait(args, z, save):
         bar.set_postfix(mean=int(rew.sum(1).mean()), best=int(rew.sum(1).max()))
     W = X[:, :S_DIM] / std
     return W, X[:, S_DIM] - W @ mean
-
 
 def gait_near(W, b, speed, running, hard, args, rng, whole=False):
     """Change a gait until it earns `speed` per step: random search again, the score now minus the distance from it, second by
@@ -197,17 +188,15 @@ def gait_near(W, b, speed, running, hard, args, rng, whole=False):
     W = X[:, :S_DIM] / std
     return W, X[:, S_DIM] - W @ mean
 
-
 def gait_test(W, b, running, rng):
-    """16 episodes from rest, and 24 in mid-run with action noise and shoves -> mean and std of the return of the first, and falls:
-    of the first all count, of the others what goes beyond two."""
+    """16 episodes from rest, and 24 from mid-run with action noise and shoves -> mean and std of the return from rest, and falls:
+    every one from rest, and those from mid-run beyond the second."""
     obs, _, rew, _ = play(W, b, starts(16, rng), T_DATA)
     falls = (~upright(obs)[:, -1]).sum()
     if running is not None:
         rough = play(W, b, running[rng.integers(0, len(running), 24)], T_DATA, 0.05, rng, rng.standard_normal((24, 3)))[0]
         falls += max(0, (~upright(rough)[:, -1]).sum() - 2)
     return rew.sum(1).mean(), rew.sum(1).std(), falls
-
 
 def search(args, file):
     """Find the ladder from --search_seed alone: one fast gait, then rung by rung its neighbours, up to the fastest and down
@@ -243,11 +232,11 @@ def search(args, file):
         if i == len(up) > 0 and tries == 0:                     # the way down begins where the way up began
             W, b, z["rough"] = z["Ws"][0], z["bs"][0], True
         near = z["running"][np.argsort(np.abs(z["found"][:, 0] / T_DATA - plan[i]))[:5]]
-        rough = lambda own: np.concatenate([own, *near]) if z["rough"] else None
+        others = lambda own: np.concatenate([own, *near]) if z["rough"] else None
         own = play(W, b, starts(16, rng), 150, 0.05, rng)[3]
-        W, b = gait_near(W, b, plan[i], rough(own), z["rough"], args, rng)
+        W, b = gait_near(W, b, plan[i], others(own), z["rough"], args, rng)
         own = play(W, b, starts(16, rng), 150, 0.05, rng)[3]
-        mean, std, falls = gait_test(W, b, rough(own), rng)
+        mean, std, falls = gait_test(W, b, others(own), rng)
         bar.set_postfix(wanted=f"{plan[i]:.2f}", got=f"{mean:.0f}+-{std:.0f}", falls=falls)
         if falls == 0 and std < min(max(25, 0.012 * mean), 55):
             save(W=W, b=b, i=i + 1, tries=0, Ws=more("Ws", W), bs=more("bs", b), found=more("found", [mean, std]),
@@ -262,9 +251,9 @@ def search(args, file):
             save(W=W, b=b, i=len(up) if i < len(up) else i + 1, tries=0)
         bar.update(int(z["i"]) - bar.n)
     bar.close()
-    # who passes one of sixteen tests may have been lucky: 96 new episodes each, and those that fail are the next lesson, which is
-    # shoved if the gait was found that way: the fastest were not, and shoves take their speed. who passes as the fastest comes in
-    # once more, at last, to be made 1.5% faster by lessons of whole episodes
+    # a gait that passed one of sixteen tests may have been lucky: each now runs 96 new episodes. it is searched on from the starts that
+    # it failed, shoved only if it was found that way (the fastest were not, and shoves take their speed). at last the fastest gait that
+    # passes is entered once more, to be made 1.5% faster by lessons of whole episodes
     n = len(z["hard"])
     bar = tqdm(total=n + 1, initial=int(z["vetted"]), desc="vetting", unit="gait", disable=None)
     while z["vetted"] <= n:
@@ -292,17 +281,16 @@ def search(args, file):
         np.savez_compressed(part, W=np.float32(z["Ws"][order]), b=np.float32(z["bs"][order]), returns=np.float32(z["found"][order]))
     print(f"{len(order)} gaits that earn {z['found'][order[0], 0]:.0f} to {z['found'][order[-1], 0]:.0f}: {file}, for --ladder")
 
-
 def collect(args, path):
     """Replay every gait of the ladder, with noise on its actions, from other gaits' mid-run states, shoved, into path (.hdf5)."""
     with common.reading(args.ladder), np.load(args.ladder) as z:
         W, b = np.float64(z["W"]).reshape(-1, A_DIM, S_DIM), np.float64(z["b"]).reshape(-1, A_DIM)
-        len(W) == len(b) > 0 and np.isfinite(W).all() and np.isfinite(b).all() or sorry(f"{args.ladder} holds no gaits, or broken ones")
+    if not len(W) == len(b) > 0 or not np.isfinite(W).all() or not np.isfinite(b).all():
+        sorry(f"{args.ladder} holds no gaits, or broken ones")
     G, each, folder = len(W), max(k for k in range(1, 7) if args.ladder_episodes % k == 0), path.with_suffix(".parts")
     gait, n = np.arange(G).repeat(each), each * G
-    files = [folder / f"{i}.npz" for i in range(args.ladder_episodes // each)]
-    bar = tqdm(total=len(files) * n * T_DATA, unit="step", unit_scale=True, desc="collecting", disable=None)
-    for i, file in enumerate(files):                # up to six episodes of each gait make a part; a killed run keeps its parts
+    files = [folder / f"{i}.npz" for i in range(args.ladder_episodes // each)]     # up to six episodes of each gait a part: a kill costs one
+    for i, file in enumerate(tqdm(files, unit="step", unit_scale=n * T_DATA, desc="collecting", disable=None)):
         if not file.exists() or file.stat().st_mtime < pathlib.Path(args.ladder).stat().st_mtime:
             rng = np.random.default_rng(i)
             # in whose run does an episode start? half of the crossings in a neighbour's, half in anyone's
@@ -317,16 +305,36 @@ def collect(args, path):
             ok = upright(obs)[:, -1]                # a fall teaches how to lie on one's back: left out
             with common.whole_file(file) as part:
                 np.savez(part, obs=obs[ok], act=act[ok], rew=rew[ok])
-        bar.update(n * T_DATA)
-    bar.close()
     if not all(file.exists() for file in files):
         return                                      # another run has made path of the same parts meanwhile
     parts = [common.load_arrays(file) for file in files]
     obs, act, rew = (np.concatenate([p[k] for p in parts]) for k in ("obs", "act", "rew"))
     print(f"collected: {len(rew)} of {len(files) * n} episodes stayed on their feet")
-    common.write_episodes(path, obs, act, rew)
-    any(folder.glob("*.unfinished-*")) or shutil.rmtree(folder, ignore_errors=True)        # unless another run is still at it
+    write_episodes(path, obs, act, rew)
+    if not any(folder.glob("*.unfinished-*")):      # another run may still be at it
+        shutil.rmtree(folder, ignore_errors=True)
 
+def write_episodes(path, obs, act, rew):
+    """obs (E, T+1, 17), act (E, T, 6), rew (E, T) -> path in Minari's layout, and what minari.MinariDataset(folder) wants."""
+    import gymnasium, h5py
+    E, T = rew.shape
+    ends = dict(terminations=np.zeros(T, bool), truncations=np.arange(T) == T - 1)      # it never terminates: time runs out
+    with common.whole_file(path) as part, h5py.File(part, "w") as f:
+        for i in range(E):
+            group = f.create_group(f"episode_{i}")
+            group.attrs["id"], group.attrs["total_steps"] = i, T
+            for name, x in dict(observations=obs[i], actions=act[i], rewards=rew[i], **ends).items():
+                group.create_dataset(name, data=x, chunks=x.shape, fletcher32=True)     # checksums: flipped bits are noticed
+    box = lambda n, bound: json.dumps(dict(type="Box", dtype="float32", shape=[n], low=[-bound] * n, high=[bound] * n))
+    with common.whole_file(path.with_name("metadata.json")) as part:
+        part.write_text(json.dumps(dict(
+            total_episodes=E, total_steps=E * T, data_format="hdf5", dataset_id="mujoco/halfcheetah/ladder-v0", minari_version="0.5.4",
+            observation_space=box(17, float("inf")), action_space=box(6, 1.0), env_spec=gymnasium.spec("HalfCheetah-v5").to_json())))
+    main = path.with_name("main_data.hdf5")             # the name that minari looks for
+    if main.is_symlink() or not main.exists():          # a link is ours, perhaps to an older data set; a file is someone's data
+        with contextlib.suppress(FileExistsError):      # or another run makes it, just now
+            main.unlink(missing_ok=True)
+            main.symlink_to(path.name)
 
 def find_dataset(args):
     """--dataset -> Episodes: the ladder (collected if need be), a known name (downloaded if need be) or a file. Says what it is."""
@@ -334,7 +342,7 @@ def find_dataset(args):
     if name == "ladder":
         how, ladder = [args.ladder_episodes, args.action_noise, args.cross_start, args.rough], pathlib.Path(args.ladder)
         how += [] if args.ladder == LADDER else [hashlib.sha256(ladder.read_bytes()).hexdigest()[:8]]
-        path = folder / ("_".join(map(str, ["cheetah_ladder"] + how * (how != [12, 0.05, 0.6, 0.3]))) + ".hdf5")
+        path = folder / ("cheetah_ladder.hdf5" if how == [12, 0.05, 0.6, 0.3] else f"cheetah_ladder_{'_'.join(map(str, how))}.hdf5")
         if not path.exists() or path.stat().st_mtime < ladder.stat().st_mtime:          # or it is of an older ladder
             collect(args, path)
     elif re.fullmatch(r"mujoco/halfcheetah/(simple|medium|expert)-v[012]", name):
@@ -355,7 +363,7 @@ def find_dataset(args):
 # B windows, K steps, T = 3K - 1 tokens (R_1, s_1, a_1, ..., R_K, s_K), C = n_embd, nh heads of size hs
 
 class Attention(nn.Module):
-    """Causal self-attention in which only the tokens `rows` ask and all tokens answer."""
+    """Causal self-attention with queries from the tokens `rows` (a slice) only, keys and values from all T."""
     def __init__(self, C, n_head, dropout):
         super().__init__()
         self.n_head, self.p = n_head, dropout
@@ -372,7 +380,6 @@ class Attention(nn.Module):
         y = (att @ v).transpose(1, 2).reshape(B, -1, C)             # (B, Q, C)
         return F.dropout(self.proj(y), self.p, self.training)
 
-
 class Block(nn.Module):
     """GPT-2's pre-norm block, with the paper's ReLU."""
     def __init__(self, C, n_head, dropout):
@@ -383,7 +390,6 @@ class Block(nn.Module):
     def forward(self, x, mask, rows=slice(None)):
         x = x[:, rows] + self.attn(self.ln_1(x), mask, rows)        # (B, Q, C)
         return x + F.dropout(self.down(F.relu(self.up(self.ln_2(x)))), self.p, self.training)
-
 
 class DecisionTransformer(nn.Module):
     """What is still to be earned, the state and the action of each step are a token each; the state's predicts the action."""
@@ -403,7 +409,7 @@ class DecisionTransformer(nn.Module):
                 nn.init.zeros_(m.bias)
         self.register_buffer("mean", torch.zeros(S_DIM))            # of the data's states: a model knows its own scale
         self.register_buffer("std", torch.ones(S_DIM))
-        self.register_buffer("most", torch.tensor(torch.inf))       # of rates larger than nearly all it was shown it knows nothing
+        self.register_buffer("most", torch.tensor(torch.inf))       # the largest rate it was shown: evaluate() asks for no more
 
     def forward(self, r, s, a, t, valid, last=False):
         """r (B, K): reward rates or returns-to-go; s (B, K, 17); a (B, K, 6); t (B, K): steps since the start; valid (B, K):
@@ -425,18 +431,15 @@ class DecisionTransformer(nn.Module):
         return torch.tanh(self.head(self.ln_out(x)))
 
 # ---- the idea: say what is still to be earned, in units that the next action can be read from -------------------------------
-
 def returns_to_go(rew, length):
     """rew (N,), episodes of length (E,) end to end -> R_t = r_t + r_t+1 + ... + r_end of its own episode, (N,) float64."""
     total = np.cumsum(rew, dtype=np.float64)
     return np.repeat(total[np.cumsum(length) - 1], length) - total + rew
 
-
 def reward_rate(rtg, steps_left):
-    """The return-to-go per step left. The paper's R_t means a sprint at the end of an episode and a stroll at its start: to
-    tell which, the network must divide, and it divides badly. Under 20 steps (a second) single strides would rule: floor."""
+    """The return-to-go per step left. The same R_t asks for a stroll at an episode's start and for a sprint at its end: to tell
+    which, the network must divide, and it divides badly. In the last second (20 steps) one stride would swing it: hence the floor."""
     return rtg / np.maximum(steps_left, 20)
-
 
 def return_features(r, condition):
     """r (B, K) -> (B, K, 1), the paper's scale, or (B, K, 9): waves tell rates apart that a line lets look alike (NeRF's
@@ -447,7 +450,6 @@ def return_features(r, condition):
     waves = r * torch.tensor([1.0, 3.0, 9.0, 27.0], device=r.device)
     return torch.cat([r, waves.sin(), waves.cos()], -1)
 
-
 def windows(first, length, K, B, rng):
     """B windows of K steps that end anywhere in an episode, its first steps too, as in evaluation. -> index into the flat
     arrays, time step, valid (False before the episode's start): (B, K) each."""
@@ -456,14 +458,12 @@ def windows(first, length, K, B, rng):
     index = end[:, None] + np.arange(1 - K, 1)
     return np.maximum(index, begin), np.maximum(index - begin, 0), index >= begin
 
-
 def clock(t, condition):
     """The time step as the model is told it. A rate already knows how much time is left, so its clock stops after 100 steps
     and every horizon looks alike; the paper's return-to-go needs it to the end of the data's."""
     return np.minimum(t, 100 if condition == "rate" else T_DATA - 1)
 
 # ---- training --------------------------------------------------------------------------------------------------------------
-
 def train(args, condition, data, file, device):
     """Train on windows of data() (called only if needed), going on from file if it is there. -> model, seconds of training."""
     torch.manual_seed(args.seed)
@@ -473,20 +473,22 @@ def train(args, condition, data, file, device):
     step, seconds, losses = state.get("step", 0), state.get("seconds", 0.0), []
     if step == args.steps:
         return model.eval(), seconds
-    r = returns_to_go((d := data()).rew, d.length)
+    d = data()
+    r = returns_to_go(d.rew, d.length)
     if condition == "rate":
         r = reward_rate(r, np.repeat(d.first + d.length, d.length) - np.arange(len(r)))
         model.most.fill_(np.quantile(r, 0.999))
     r, obs, act = (torch.from_numpy(np.float32(x)).to(device) for x in (r, d.obs, d.act))
-    model.mean.copy_(obs.mean(0)), model.std.copy_(obs.std(0) + 1e-6)
-    bar, began = tqdm(total=args.steps, initial=step, desc=f"training {condition}", unit="step", disable=None), time.time() - seconds
-    while step < args.steps:
+    model.mean.copy_(obs.mean(0))
+    model.std.copy_(obs.std(0) + 1e-6)
+    began = time.time() - seconds                   # as if the run had never been cut
+    bar = tqdm(range(step, args.steps), initial=step, total=args.steps, desc=f"training {condition}", unit="step", disable=None)
+    for step in bar:
         # batches and dropout depend on (seed, step) alone: a resumed run sees what an unbroken one would have seen
         torch.manual_seed(1_000_003 * args.seed + step)
         i, t, valid = windows(d.first, d.length, args.context, args.batch_size, np.random.default_rng((args.seed, step)))
         i, t, valid = (torch.from_numpy(x).to(device) for x in (i, clock(t, condition), valid))
-        for group in optimizer.param_groups:
-            group["lr"] = args.lr * min((step + 1) / args.warmup, 0.55 + 0.45 * math.cos(math.pi * step / args.steps))
+        optimizer.param_groups[0]["lr"] = args.lr * min((step + 1) / args.warmup, 0.55 + 0.45 * math.cos(math.pi * step / args.steps))
         with torch.autocast(device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
             guess = model(r[i], obs[i], act[i], t, valid)
         loss = F.mse_loss(guess[valid].float(), act[i][valid])
@@ -495,19 +497,16 @@ def train(args, condition, data, file, device):
         nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
         optimizer.step()
         losses.append(loss.item())
-        math.isfinite(losses[-1]) or sorry(f"the loss is not finite at step {step}; a smaller --lr may help")
-        step += 1
-        bar.update()
-        if step % SAVE_EVERY == 0 or step == args.steps:
+        if not math.isfinite(losses[-1]):
+            sorry(f"the loss is not finite at step {step}; a smaller --lr may help")
+        if (step + 1) % SAVE_EVERY == 0 or step + 1 == args.steps:
             seconds = time.time() - began
             bar.set_postfix(loss=f"{np.mean(losses[-100:]):.5f}")
-            common.save_checkpoint(file, dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step, seconds=seconds))
-    bar.close()
-    print(f"trained {NAMES[condition]}: loss {np.mean(losses[-100:]):.5f} over the last {len(losses[-100:])} of {step} steps, {seconds:.0f} s")
+            common.save_checkpoint(file, dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step + 1, seconds=seconds))
+    print(f"trained {NAMES[condition]}: loss {np.mean(losses[-100:]):.5f} over the last {len(losses[-100:])} of {step + 1} steps, {seconds:.0f} s")
     return model.eval(), seconds
 
 # ---- evaluation: closed loop, all targets and episodes in one batch ---------------------------------------------------------
-
 @torch.inference_mode()
 def evaluate(model, targets, args, device):
     """One episode per entry of targets (n,), all at once, each from its own start. -> what was asked of them in the end (n,):
@@ -522,10 +521,10 @@ def evaluate(model, targets, args, device):
     for step in range(H):
         if step in schedule:                                    # from here on at the pace of another target
             targets[:] = schedule[step]
-            asked = earned + (owed := targets * (H - step) / H)
-        if args.push and step % 200 == 100:
+            owed = targets * (H - step) / H
+            asked = earned + owed
+        if args.push and step % 200 == 100:                     # obs is a view of sim.state: it sees the shove
             sim.state[:, 10:13] += args.push * rng.standard_normal((n, 3))
-            obs = sim.state[:, 2:]
         for x in (r, s, a, t, valid):                           # the window moves on by a step
             x[:, :-1] = x[:, 1:].clone()
         r[:, -1] = torch.from_numpy(np.minimum(reward_rate(owed, H - step), model.most.item()) if model.condition == "rate" else owed)
@@ -536,28 +535,23 @@ def evaluate(model, targets, args, device):
         diary.append((sim.state[0, 1:10].copy(), earned[0], targets[0]))
     return asked, earned, fell, diary
 
-
 def figure(rows, path):
     """rows: (policy, asked, got), (targets, episodes) each -> a PNG of target against reached: episodes as dots, means as lines."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    fig, ax = plt.subplots(figsize=(6, 6), dpi=120)
-    low, top = (1.05 * end([0, *(x for _, asked, _ in rows for x in asked.flat)]) for end in (min, max))
-    ax.plot([low, top], [low, top], color="0.8", lw=4, zorder=0)
+    from matplotlib.figure import Figure            # not pyplot, which looks for a display
+    ax = Figure(figsize=(6, 6), dpi=120).subplots()
+    ax.axline((0, 0), slope=1, color="0.8", lw=4, zorder=0)
     for name, asked, got in rows:
         order = np.argsort(asked.mean(1))
         (line,) = ax.plot(asked.mean(1)[order], got.mean(1)[order], lw=1.5, label=name)
         ax.plot(asked.flatten(), got.flatten(), ".", color=line.get_color(), ms=3, alpha=0.35)
-    ax.set(xlabel="return asked for", ylabel="return reached", xlim=(low, top))
+    ax.set(xlabel="return asked for", ylabel="return reached")
     ax.legend(frameon=False)
     ax.spines[["top", "right"]].set_visible(False)
     with common.whole_file(path) as part:
-        fig.savefig(part, bbox_inches="tight")
+        ax.figure.savefig(part, bbox_inches="tight")
     return path
 
 # ---- main ------------------------------------------------------------------------------------------------------------------
-
 def checkpoint(args, condition):
     """A model's file is named after all that shaped it: other flags make another model, the same flags find it again."""
     shape = {k: getattr(args, k) for k in ("dataset ladder_episodes action_noise cross_start rough n_layer n_head n_embd context dropout "
@@ -565,7 +559,6 @@ def checkpoint(args, condition):
     source = pathlib.Path(args.ladder if args.dataset == "ladder" else args.dataset)        # other data, another model
     data = source.read_bytes() if source.is_file() else b""
     return OUT / f"dt_cheetah_{condition}_{hashlib.sha256(json.dumps(shape).encode() + data).hexdigest()[:8]}.pt"
-
 
 def main():
     args, began, device = get_args(), time.time(), common.pick_device()
@@ -594,7 +587,6 @@ def main():
         film = common.draw_episode(Cheetahs.model, diary[:args.video_steps], args.renderer)
         metrics["video"] = str(common.write_video(OUT / f"dt_cheetah_{args.targets[0]:.0f}.mp4", film))
     common.log_result("dt_cheetah.py", args, time.time() - began, metrics)
-
 
 if __name__ == "__main__":
     common.run(main)

@@ -1,9 +1,7 @@
 """lora_llama.py: any Llama by hand, in 16 or 4 bits, taught to answer with LoRA, in one file.
 
-    python lora_llama.py
-        makes a byte-level Llama of 0.9M parameters from data/texts, loads it in 4 bits, tunes it on data/qa.jsonl; no network
-    python lora_llama.py --model meta-llama/Llama-2-7b-hf --load_4bit --data my.jsonl
-        the same path on the real thing; Llama 3.x, TinyLlama and SmolLM2 go the same way
+    python lora_llama.py    # no network: makes a byte-level Llama of 0.9M parameters from data/texts, loads it in 4 bits, tunes it on data/qa.jsonl
+    python lora_llama.py --model meta-llama/Llama-2-7b-hf --load_4bit --data my.jsonl      # the same path; and Llama 3.x, TinyLlama, SmolLM2
 
 Measured: default command, one core of an AMD EPYC shared with others, torch 2.13, seed 0: 171 s of CPU time (pretraining 131, tuning 38). Held-out
     loss per byte 2.755 before, 1.004 after; 33 of 33 held-out answers stop by themselves, 2 are exact: the form is learned, the facts are not. NF4:
@@ -16,6 +14,7 @@ Not handled: other architectures, biases, DoRA, chat templates, 4-bit head or em
 import base64, collections, functools, hashlib, heapq, json, math, os, pathlib, re, shutil, sys, time, types
 
 import common                       # before torch: it says how torch's threads wait
+from common import find_tensors, read_json, read_jsonl, read_safetensors, reading, sorry, write_json, write_safetensors
 import numpy as np
 import torch
 import torch.nn as nn
@@ -23,21 +22,18 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from common import find_tensors, read_json, read_jsonl, read_safetensors, reading, sorry, write_json, write_safetensors
-
 DATA = pathlib.Path(__file__).resolve().parent / "data"
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # torchrun sets them
 FLOATS = dict(float32=torch.float32, bfloat16=torch.bfloat16, float16=torch.float16)
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 # ---- flags -----------------------------------------------------------------------------------------------------------------
-
 def get_args(argv=None):
     p = common.Flags(__doc__)
     # which model
     p.flag("model", "demo", "demo (made here), a folder in Hugging Face's layout, or a Hub id: HuggingFaceTB/SmolLM2-135M")
     p.flag("dtype", "auto", "auto: as stored, but bfloat16 for float16, whose range is short", choices=["auto", *FLOATS])
-    p.flag("load_4bit", True, "linear layers in NF4: a quarter of the memory, slower on a CPU; off for other models than the demo")
+    p.flag("load_4bit", True, "linear layers in NF4: a quarter of the memory, slower on a CPU; the default is off for any other model than the demo")
     p.flag("double_quant", True, "quantize NF4's block maxima too: 4.127 instead of 4.5 bits per parameter")
     # LoRA
     p.flag("lora_r", 16, "rank of the update")
@@ -46,7 +42,7 @@ def get_args(argv=None):
     p.flag("targets", TARGETS, "layers that get one; all, as QLoRA found necessary", nargs="+", choices=TARGETS)
     p.flag("rslora", False, "scale by alpha / sqrt(r): a larger rank then does not learn slower")
     p.flag("adapter", "", "start from this adapter folder, ours or peft's; its rank, alpha, dropout and targets count, not the flags'")
-    # data and training; behind a semicolon: the default for other models than the demo
+    # data and training; after the semicolon: the default for any other model than the demo
     p.flag("data", str(DATA / "qa.jsonl"), 'JSON lines with "prompt" and "answer"')
     p.flag("held_out", 0.1, "share of the examples kept for the loss before and after", high=1)
     p.flag("epochs", 15.0, "passes over the examples; 2 as in Llama 2; 0 trains nothing")
@@ -68,15 +64,13 @@ def get_args(argv=None):
     p.flag("merge", "off", "write the model with the update added to its stored weights or to the NF4 ones", choices=["off", "16", "4bit"])
     p.flag("out", "out/lora", "folder for the adapter, the checkpoint, completions and the merged model")
     p.flag("smoke", False, "the same path with tiny numbers, under a minute")
-    args = p.parse_args(argv)
-    big = dict(load_4bit=False, epochs=2.0, lr=2e-4, block_size=1024, batch_size=16) if args.model != "demo" else {}
-    p.set_defaults(**big | (dict(epochs=1.0, max_new=16) if args.smoke else {}))        # defaults still: what was said stays
-    return p.parse_args(argv)
+    if p.parse_args(argv).model != "demo":              # other defaults; a flag that is given still wins
+        p.set_defaults(load_4bit=False, epochs=2.0, lr=2e-4, block_size=1024, batch_size=16)
+    return p.parse_args(argv, smoke=dict(epochs=1.0, max_new=16))
 
 # ---- data: tokenizers --------------------------------------------------------------------------------------------------------
-
 GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# SmolLM2 cuts digits out one by one BEFORE GPT-2's pattern: spaces before a digit then end there, not one earlier
+# SmolLM2 cuts out single digits BEFORE GPT-2's pattern runs: a run of spaces before a digit then stays whole, instead of giving its last one away
 SMOL = r"'(?:[sdmt]|ll|ve|re)|\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
 LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 # GPT-2 writes each byte as a printable character: itself where it is one, else one from 256 on; Llama 2 writes a space as SPACE
@@ -174,15 +168,31 @@ def from_tiktoken(raw):
     special = {"<|begin_of_text|>": n, "<|end_of_text|>": n + 1, "<|eot_id|>": n + 9, "<|reserved_special_token_247|>": n + 255}
     return ByteBPE(vocab, special, True, LLAMA3)
 
+def protobuf(raw):
+    """The fields of a protobuf message, (number, value) each: a whole number, or the bytes of a text, a message or a float."""
+    stream = iter(raw)
+    def varint(byte):                       # seven bits a byte, the lowest first; the eighth says that more come
+        return byte if byte < 128 else byte - 128 + (varint(next(stream)) << 7)
+    for byte in stream:
+        number, kind = divmod(varint(byte), 8)
+        n = varint(next(stream)) if kind in (0, 2) else {1: 8, 5: 4}[kind]              # kind 0: the value; others: its length
+        yield number, bytes([next(stream) for _ in range(n)]) if kind else n
+
 def from_sentencepiece(raw):
     """tokenizer.model as Llama 2 has it: any two pieces that together are a piece may make it; the best score goes first."""
-    text, scores, kinds, prefix = common.read_sentencepiece(raw)
-    ranks = {t: -score for t, score, kind in zip(text, scores, kinds) if kind == 1}             # kinds: 1 normal, 2 unknown, 3 control
-    special = {t: i for i, (t, kind) in enumerate(zip(text, kinds)) if kind in (2, 3)}
-    return CharBPE({t: i for i, t in enumerate(text)}, special, True, ranks, "always" if prefix else "never")
+    message = [*protobuf(raw)]              # numbers and defaults are sentencepiece_model.proto's: 1 a piece, 2 the trainer, 3 the normalizer
+    pieces = [{2: bytes(4), 3: 1, **dict(protobuf(value))} for number, value in message if number == 1]     # 1 text, 2 score, 3 kind
+    trainer, norm = (dict(protobuf(dict(message)[number])) for number in (2, 3))
+    # trainer: 3 is model_type (2: BPE), 35 byte_fallback; norm: 2 a table of replacements, 4 remove_extra_whitespaces, 5 escape them;
+    # kinds: 1 normal, 2 unknown, 3 control, 6 byte; not handled: 4 user-defined, 5 unused
+    if trainer.get(3) != 2 or not trainer.get(35) or norm.get(2) or norm.get(4, 1) or not norm.get(5, 1) or {4, 5} & {p[3] for p in pieces}:
+        raise ValueError("only sentencepiece's BPE with byte fallback and without normalization is handled")
+    vocab = {p[1].decode(): i for i, p in enumerate(pieces)}
+    ranks = {t: -np.frombuffer(pieces[i][2], "<f4")[0] for t, i in vocab.items() if pieces[i][3] == 1}
+    special = {t: i for t, i in vocab.items() if pieces[i][3] in (2, 3)}
+    return CharBPE(vocab, special, True, ranks, "always" if norm.get(3, 1) else "never")
 
 # ---- data: many examples in one sequence, each by itself ---------------------------------------------------------------------
-
 def tokenize(rows, tok):
     """[{"prompt": "What is two plus two?", "answer": "Four."}, ...] -> [(ids, n)]: BOS prompt separator answer EOS, and n, how
     many of the ids are prompt and carry no loss."""
@@ -205,10 +215,9 @@ def collate(packed, device):
     labels[t] is the token after ids[t] in its example; positions restart with each example."""
     rows = [[] for _ in packed]
     for row, seq in zip(rows, packed):
-        for d, (ids, n) in enumerate(seq):
-            n = max(n, 1)                       # the last prompt token foretells the first of the answer
+        for d, (ids, n) in enumerate(seq):      # the last token of the prompt is what the answer's first is learned from
             row += zip(ids, [-1] * (n - 1) + ids[n:] + [-1], range(len(ids)), [d] * len(ids))
-    return torch.tensor([row + [(0, -1, 0, -1)] * (max(map(len, rows)) - len(row)) for row in rows], device=device).unbind(-1)  # padded: -1
+    return torch.tensor([row + [(0, -1, 0, -1)] * (max(map(len, rows)) - len(row)) for row in rows], device=device).unbind(-1)
 
 def only_own_example(doc):
     """doc (B, T) example numbers -> mask (B, 1, T, T): a token sees itself and what came before it in its own example."""
@@ -235,7 +244,7 @@ def read_config(path):
         cfg = types.SimpleNamespace(
             **sizes, eps=float(c.get("rms_norm_eps", 1e-6)), theta=float(rope.get("rope_theta") or c.get("rope_theta", 1e4)),
             stretch=[float(rope[k]) for k in stretch] if kind == "llama3" else [], tied=bool(c.get("tie_word_embeddings")),
-            dtype=str(c.get("dtype") or c.get("torch_dtype")), bos=[] if bos is None else [bos], eos=isinstance(eos, list) and eos or [eos])
+            bos=[] if bos is None else [bos], eos=eos if isinstance(eos, list) else [eos])
         if not (all(type(i) is int and 0 <= i < cfg.vocab_size for i in cfg.bos + cfg.eos) and min(*sizes.values(), *cfg.stretch) > 0
                 and cfg.n_head % cfg.n_kv_head == cfg.head_dim % 2 == 0 <= cfg.eps < 1 < cfg.theta < math.inf):
             raise ValueError("its numbers do not fit each other")           # whether the tensors fit them is for load_model to see
@@ -327,7 +336,6 @@ def linears(model):
     return {n: m for n, m in model.named_modules() if isinstance(m, Linear) and n != "lm_head"}
 
 # ---- the idea, first half: 4 bits by NF4 (QLoRA, arXiv 2305.14314) -----------------------------------------------------------
-
 # quantiles of a normal distribution, scaled to [-1, 1], with an exact zero (QLoRA, appendix E; bitsandbytes' digits)
 NF4_CODE = torch.tensor([-1, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022833234,
                          -0.09105003625154495, 0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
@@ -342,7 +350,6 @@ class NF4(collections.namedtuple("NF4", "packed absmax shape block nested")):
     def nbytes(self):
         return sum(t.nbytes for t in (self.packed, self.absmax, *(self.nested or ())) if torch.is_tensor(t))
 
-@functools.lru_cache
 def dynamic_map():
     """The 256 values of signed 8-bit dynamic quantization (arXiv 1511.04561), sorted: seven decades, 2^e values in each."""
     edges = [torch.linspace(0.1, 1, 2**e + 1) for e in range(7)]
@@ -452,10 +459,9 @@ class MatMul4(torch.autograd.Function):
         return g @ dequantize_nf4(ctx.q, g.dtype), None
 
 # ---- the idea, second half: LoRA (arXiv 2106.09685) --------------------------------------------------------------------------
-
 def times(x, w):
-    """x w^T: x (..., n_in), w (n_out, n_in). A few fp32 vectors that fill half of a CPU's first cache at most, a lone one doubled, go the
-    other way round: MKL then reads w up to twice as fast."""
+    """x w^T: x (..., n_in), w (n_out, n_in). On a CPU a few short fp32 vectors are multiplied from the other side, (w x^T)^T, a single one
+    together with a copy of itself: MKL then reads w up to twice as fast. Short: they fill at most half of the first cache."""
     rows = x.reshape(-1, x.size(-1))
     if x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_grad_enabled() or max(2, len(rows)) * w.size(1) > 4000:
         return F.linear(x, w)
@@ -498,7 +504,6 @@ def add_lora(model, args, names=None):
             m.scale, m.dropout = args.lora_alpha / (r**0.5 if args.rslora else r), args.lora_dropout
 
 # ---- files: model folders and adapters ---------------------------------------------------------------------------------------
-
 STATE = ".quant_state.bitsandbytes__nf4"            # what bitsandbytes keeps beside an NF4 matrix and nowhere else
 PEFT = "base_model.model."                          # what stands before each name in peft's files
 
@@ -523,11 +528,10 @@ def load_model(folder, dtype="auto", four_bit=False, double=True, device="cpu"):
     cfg, found = read_config(folder / "config.json"), find_tensors(folder)
     n_layer = len({n.split(".")[2] for n in found if n.startswith("model.layers.")})       # before a billion of them are made
     cfg.n_layer == n_layer or sorry(f"{folder} holds {n_layer} layers, its config.json says {cfg.n_layer}")
-    stored = str(found["model.norm.weight"].dtype) if cfg.dtype == "None" and "model.norm.weight" in found else cfg.dtype
-    dtype = FLOATS[dtype if dtype != "auto" else "float32" if "float32" in stored else "bfloat16"]
-    with reading(folder / "config.json"), torch.device("meta"):             # the structure alone, no memory yet
-        model = Llama(cfg)
-    inner, worst, off, seen = linears(model), 0.0, 0.0, 0
+    with reading(folder), torch.device("meta"):                             # the structure alone, no memory yet
+        model, stored = Llama(cfg), found["model.norm.weight"].dtype
+    dtype = FLOATS[dtype if dtype != "auto" else "float32" if stored == torch.float32 else "bfloat16"]
+    inner, max_error, sum_error, seen = linears(model), 0.0, 0.0, 0
     for name, p in tqdm(list(model.named_parameters()), desc="load", unit="tensor", disable=True if RANK else None):
         name in found or sorry(f"{folder} lacks the tensor {name}")
         x, owner = found[name], model.get_submodule(name.removesuffix(".weight"))
@@ -539,11 +543,11 @@ def load_model(folder, dtype="auto", four_bit=False, double=True, device="cpu"):
             q, n = quantize_nf4(w, double), min(w.numel(), 1 << 20)                             # a million weights of each tell enough
             part = q._replace(packed=q.packed[:(n + 1) // 2], absmax=q.absmax[:-(-n // BLOCK)], shape=(n,))
             error = (dequantize_nf4(part, torch.float32) - w.reshape(-1)[:n].float()).abs()
-            worst, off, seen = max(worst, error.max().item()), off + error.sum().item(), seen + n
+            max_error, sum_error, seen = max(max_error, error.max().item()), sum_error + error.sum().item(), seen + n
         owner.q, owner.weight = q, None if q else nn.Parameter(x.tensor().to(device, dtype, copy=True), False)
-    size = sum(m.q.nbytes() if m.q else m.weight.nbytes for m in inner.values())
-    print(f"loaded {folder} in {time.time() - tic:.1f} s: {8 * size / sum(math.prod(m.shape) for m in inner.values()):.3f} bits per linear weight"
-          + f"; NF4's error in the first million weights of each matrix: at most {worst:.4g}, {off / max(1, seen):.4g} on average" * bool(seen))
+    bits = 8 * sum(m.q.nbytes() if m.q else m.weight.nbytes for m in inner.values()) / sum(math.prod(m.shape) for m in inner.values())
+    error = f"; NF4's error in the first million weights of each matrix: at most {max_error:.4g}, {sum_error / seen:.4g} on average" if seen else ""
+    print(f"loaded {folder} in {time.time() - tic:.1f} s: {bits:.3f} bits per linear weight{error}")
     return model.eval()
 
 def save_adapter(model, folder, args, base):
@@ -563,18 +567,18 @@ def load_adapter(model, folder, args):
     """Put a peft-format adapter on the model; args.lora_r and the like become the adapter's own."""
     path = pathlib.Path(folder) / "adapter_config.json"
     c, found = read_json(path), read_safetensors(path.with_name("adapter_model.safetensors"))
-    for k in [k for k, v in c.items() if v and k not in HARMLESS and v not in FINE.get(k, [])]:
-        sorry(f"{path} sets {k} to {str(c[k])[:40]}, which is not handled")
-    with reading(path):
-        [args.lora_r] = ranks = {x.shape[0] for n, x in found.items() if "lora_A" in n}
-        args.lora_alpha, args.lora_dropout, args.rslora = float(c["lora_alpha"]), float(c["lora_dropout"]), bool(c.get("use_rslora"))
-        if c["r"] != args.lora_r or c["peft_type"] != "LORA" or not 0 <= args.lora_alpha < 1e9 or not 0 <= args.lora_dropout < 1:
+    for k, v in c.items():
+        if v and k not in HARMLESS and v not in FINE.get(k, []):
+            sorry(f"{path} sets {k} to {str(v)[:40]}, which is not handled")
+    with reading(path.parent):
+        state = {n.removeprefix(PEFT).removesuffix(".weight"): x.tensor() for n, x in found.items() if x.dtype in FLOATS.values()}
+        names, ranks = {n.rpartition(".")[0] for n in state}, {len(x) for n, x in state.items() if n.endswith("lora_A")}
+        args.lora_r, args.lora_alpha, args.lora_dropout = int(c["r"]), float(c["lora_alpha"]), float(c["lora_dropout"])
+        args.rslora, args.targets = bool(c.get("use_rslora")), sorted({n.split(".")[-1] for n in names})
+        if ranks != {c["r"]} or c["peft_type"] != "LORA" or not 0 <= args.lora_alpha < 1e9 or not 0 <= args.lora_dropout < 1:
             raise ValueError(f"it speaks of a rank-{c['r']} LoRA, its tensors of {ranks}; or lora_alpha or lora_dropout is out of range")
-    state = {n.removeprefix(PEFT).removesuffix(".weight"): x.tensor() for n, x in found.items() if x.dtype in FLOATS.values()}
-    add_lora(model, args, names := {n.rpartition(".")[0] for n in state})
-    args.targets = sorted({n.split(".")[-1] for n in names})
-    with reading(path.with_name("adapter_model.safetensors")):
-        if not state or len(state) < len(found) or {*state} != {*lora_parameters(model)}:
+        add_lora(model, args, names)
+        if len(state) < len(found) or {*state} != {*lora_parameters(model)}:
             raise ValueError("some of its tensors belong to nothing in this model, or lack their other half")
         model.load_state_dict(state, strict=False)
 
@@ -600,7 +604,6 @@ def save_merged(model, source, folder, into, write=True):
     write_json(folder / "config.json", dict(config, torch_dtype=str(dtype).removeprefix("torch.")))
 
 # ---- generate, evaluate, train -----------------------------------------------------------------------------------------------
-
 def record(step, *inputs):
     """step as a CUDA graph: a token is some thousand small kernels, which Python launches more slowly than the GPU runs them. They are
     recorded once and replayed on what is copied into the same inputs."""
@@ -628,7 +631,7 @@ def generate(model, prompts, max_new, eos, temperature=0.0, top_p=1.0, repetitio
         inputs = ids[:, new], (at[new] - pad).clamp(min=0), mask[:, :, new, :end]
         if end > T and device.type == "cuda":                                           # these all have one shape: recorded once
             inputs = *inputs[:2], mask[:, :, new], at[new]
-            step = record(step, *inputs) if end == T + 2 else step                      # the first of them compiles what Triton has to
+            step = record(step, *inputs) if end == T + 2 else step                      # not the first: in that one Triton still compiles
         logits, cache.T = step(*inputs), end
         drawn = common.sample(logits, temperature, 0, top_p, repetition_penalty, ids, generator)[:, None]               # (B, 1)
         ids, stopped = torch.cat([ids, drawn], 1), stopped | torch.isin(drawn, ends)
@@ -695,7 +698,7 @@ def train(model, packed, epochs, lr, batch_size, path, args, name):
         opt.param_groups[0]["lr"] = lr * rate
         order = np.random.default_rng([args.seed, step // per_epoch]).permutation(len(packed))
         batch = [packed[i] for i in order[step % per_epoch * batch_size:][:batch_size]]
-        count = sum(len(ids) - max(n, 1) for seq in batch for ids, n in seq)            # answer tokens of all processes
+        count = sum(len(ids) - n for seq in batch for ids, n in seq)                    # answer tokens of all processes
         total = torch.zeros((), device=model.model.norm.weight.device)
         for p in params.values():
             p.grad = torch.zeros_like(p)        # not None: under torchrun a process may be without a share of the batch
@@ -725,16 +728,14 @@ def make_demo(args, device):
     folder = pathlib.Path("out") / f"demo-{hashlib.sha256(json.dumps([config, epochs, args.seed, lines]).encode()).hexdigest()[:10]}"
     if (folder / "model.safetensors").exists():
         return folder
-    if RANK == 0:                           # under torchrun one process writes
-        write_json(folder / "tokenizer.json", read_json(DATA / "bytes_tokenizer.json"))     # 256 bytes, three special tokens, no merges
-        write_json(folder / "config.json", config)
-    WORLD > 1 and torch.distributed.barrier()
+    write_json(folder / "tokenizer.json", read_json(DATA / "bytes_tokenizer.json"))         # 256 bytes, three special tokens, no merges
+    write_json(folder / "config.json", config)              # under torchrun each process writes the same
     tok, model = load_tokenizer(folder), Llama(read_config(folder / "config.json"))
     torch.manual_seed(args.seed)
     for p in model.to(device).parameters():
         p.data.normal_(std=0.02) if p.dim() == 2 else p.data.fill_(1)
-    # a document is an example without a prompt: the same packing, the same loss
-    packed = pack([([256, *tok.encode(line), 257], 0) for line in lines], 256, np.random.default_rng(args.seed))
+    # a document is an example whose prompt is BOS alone: the same packing, the same loss
+    packed = pack([([256, *tok.encode(line), 257], 1) for line in lines], 256, np.random.default_rng(args.seed))
     loss = train(model, packed, epochs, 3e-3, 8, folder / "train.pt", args, "pretrain")
     if RANK == 0:
         write_safetensors(folder / "model.safetensors", {n: (p.dtype, p.shape) for n, p in model.named_parameters()}, model.get_parameter)
@@ -744,7 +745,6 @@ def make_demo(args, device):
     return folder
 
 # ---- main --------------------------------------------------------------------------------------------------------------------
-
 def main():
     args, tic, device = get_args(), time.time(), common.pick_device()
     if WORLD > 1:
@@ -773,7 +773,7 @@ def main():
         held, taught = rows[:(n := min(len(rows) - 1, math.ceil(args.held_out * len(rows))))], rows[n:]
         packed, held_packed = (pack(tokenize(part, tok), args.block_size, rng) for part in (taught, held))
         packed or sorry(f"--block_size {args.block_size} is shorter than every prompt in {args.data}")
-        cut = sum(ids[-1:] != tok.eos[:1] for seq in packed for ids, _ in seq)          # their EOS is lost; of those left out the prompt fills T
+        cut = sum(ids[-1:] != tok.eos[:1] for seq in packed for ids, _ in seq)          # these have lost their EOS
         print(f"data: {sum(map(len, packed))} of {len(taught)} examples, {cut} of them cut short, in {len(packed)} sequences of up to "
               f"{args.block_size} tokens; {len(held)} held out")
         shown = held or taught[:2]

@@ -9,19 +9,18 @@ Papers: PPO (Schulman et al. 2017, arXiv 1707.06347), GAE (1506.02438), GRPO (24
 Llama 2 (2307.09288, section 3). Differs from them in:
 1. KL to the frozen start is a loss (k3, as GRPO's) or, with --kl_in reward, part of the reward; rejection sampling has no KL term
 2. no mini-batches: each gradient step sees all completions of its round; RLOO takes PPO's clipped ratio, token by token
-3. rejection sampling trains on the best 64 winners of all rounds, outside rlhf with noise; rlhf's judge is a program, its model small
+3. rejection sampling trains on the best 64 winners of all rounds and, but for rlhf, samples with noise; rlhf's judge is a program
 Not handled: prompts longer than --prompt_len tokens (their end is kept); rewards that look at the prompt, but for the learned one.
 """
-import collections, copy, functools, hashlib, json, math, pathlib, re, sys, time
+import collections, copy, functools, hashlib, itertools, json, math, pathlib, re, time
 
 import common                       # before torch: it says how torch's threads wait
+from common import sorry
 import numpy as np
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
 from tqdm import tqdm
-
-from common import sorry
 
 PAD, BOS, EOS, UNK = range(4)
 OUT, DATA, SAVE_EVERY, LOOK_EVERY = pathlib.Path("out"), pathlib.Path(__file__).resolve().parent / "data", 20, 20
@@ -29,7 +28,6 @@ OUT, DATA, SAVE_EVERY, LOOK_EVERY = pathlib.Path("out"), pathlib.Path(__file__).
 adamw = functools.partial(torch.optim.AdamW, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, fused=True)
 
 # ---- flags -----------------------------------------------------------------------------------------------------------------
-
 def get_args(argv=None):
     p = common.Flags(__doc__)
     # what is wanted
@@ -77,23 +75,20 @@ def get_args(argv=None):
     p.flag("beam", 5, "width of the beam search shown beside sampling")
     p.flag("seed", 0, "of weights, batches and samples", low=0)
     p.flag("smoke", False, "the same path with tiny numbers, under a minute")
-    said = " ".join(sys.argv if argv is None else argv)
     # rejection sampling learns from winners alone: noise costs it nothing, and without, it samples the same few texts again and again;
     # rlhf's critic begins at 0, and with lambda below 1 what ends soon then looks good; with larger steps its samples lose their variety,
     # and with fewer pairs the reward model is a poor judge
     own = dict(rejection=dict(iterations=300, epsilon=0.1), rlhf=dict(rl_lr=5e-4, lam=1.0, pairs=4096, reward="model"))
-    p.set_defaults(**own.get((re.search(r"--algo[ =](\w+)", said) or [0, ""])[1], {}))
-    if "--smoke" in said:                                       # its numbers are defaults: other flags still win over them
-        p.set_defaults(steps=20, batch_size=16, n_embd=32, iterations=4, prompts=4, group=4, pairs=64, beam=2)
-    args = p.parse_args(argv)
+    p.set_defaults(**own.get(p.parse_args(argv).algo, {}))      # defaults still: what was said stays
+    args = p.parse_args(argv, smoke=dict(steps=20, batch_size=16, n_embd=32, iterations=4, prompts=4, group=4, pairs=64, beam=2))
     if args.n_embd % (2 * args.n_head):
         p.error(f"argument --n_head: {args.n_head} heads do not share {args.n_embd} dimensions evenly, in pairs")
-    args.algo == "rlhf" and args.reward != "model" and p.error("argument --reward: rlhf learns its own")
+    if args.algo == "rlhf" and args.reward != "model":
+        p.error("argument --reward: rlhf learns its own")
     args.device = common.pick_device()
     return args
 
 # ---- data: quotes, letter patterns, and a trie that turns them into tokens ---------------------------------------------------
-
 class Tokenizer:
     """All characters of the lines, then their most frequent words, up to vocab_size; longest match first. A character that
     the lines do not have becomes UNK, which decodes to U+FFFD: everything else comes back as it was."""
@@ -125,7 +120,6 @@ class Tokenizer:
     def decode(self, ids):
         return "".join(self.tokens[i] for i in ids)
 
-
 class Corpus:
     """The files' lines as lists of ids, BOS ... EOS; every twentieth is held out. quotes: those of the first file, for rlhf.
     Reinforcement learning only makes more frequent what happens at all, so the second file has letter patterns ("b c"; tests/ make it)."""
@@ -136,14 +130,13 @@ class Corpus:
                 raise ValueError("each file must be a text of 20 lines or more")
         self.tok, self.words = Tokenizer(sum(files, []), args.vocab_size), set(re.findall(r"[^\W\d_]+", " ".join(files[0])))
         files = [[[BOS, *self.tok.encode(line), EOS] for line in lines] for lines in files]
-        self.train, self.held = ([line for lines in files for i, line in enumerate(lines) if (i % 20 == 0) == out] for out in (False, True))
-        self.quotes = [line for i, line in enumerate(files[0]) if i % 20]
-
+        self.held = [line for lines in files for line in lines[::20]]
+        rest = [[line for i, line in enumerate(lines) if i % 20] for lines in files]
+        self.train, self.quotes = sum(rest, []), rest[0]
 
 def pad(rows, width, side):
     """Lists of ids -> (B, width), with PAD on the left, so that completions begin in one column, or on the right."""
     return torch.tensor([[PAD] * (width - len(r)) + r if side == "left" else r + [PAD] * (width - len(r)) for r in rows])
-
 
 def draw_prompts(lines, n, copies, args, rng, tails=False):
     """n beginnings of lines, 1 to prompt_len tokens, each `copies` times side by side -> ids (n copies, P), pads on the left
@@ -155,7 +148,6 @@ def draw_prompts(lines, n, copies, args, rng, tails=False):
     return ids, (ids == PAD).sum(1), [line[c:] for line, c in cuts]
 
 # ---- model -------------------------------------------------------------------------------------------------------------------
-
 class Block(nn.Module):
     """GPT-2's pre-norm block with ReLU and a hidden layer of 2 C, as wide as this little text needs."""
     def __init__(self, C, n_head):
@@ -179,12 +171,10 @@ class Block(nn.Module):
         x = x + self.proj((att @ v).transpose(1, 2).reshape(B, T, C))
         return x + self.down(F.relu(self.up(self.ln_2(x))))
 
-
 def rotate(x, cos, sin):
     """RoPE (arXiv 2104.09864 eq. 34): x (B, nh, T, hs), each pair (x_i, x_i+hs/2) turned by its angle; cos, sin (B, 1, T, hs/2)."""
     a, b = x.chunk(2, 3)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], 3)
-
 
 class Transformer(nn.Module):
     """Policy, critic and reward model are all this one: `predict` reads tokens off its trunk, `value` a number."""
@@ -215,7 +205,7 @@ class Transformer(nn.Module):
                 turn = angle.cos()[:, None], angle.sin()[:, None]
         mask = ((slot <= slot[-T:, None]) & (slot >= left[:, None, None]))[:, None]     # (B, 1, T, S): the past, without the pads
         for i, block in enumerate(self.blocks):
-            x = block(x, mask, turn, cache and cache[i])
+            x = block(x, mask, turn, None if cache is None else cache[i])
         return self.ln_f(x)
 
     def predict(self, x):
@@ -223,7 +213,6 @@ class Transformer(nn.Module):
         return self.lm_head(x[:, :, None] if self.ahead is None else x[:, :, None] + self.ahead(x).unflatten(2, (self.n_predict, -1)))
 
 # ---- rewards: automata over tokens, so that what can be attained is known -------------------------------------------------------
-
 class Rule:
     """A named reward as an automaton: reading token v in state s earns gain[s, v] and leads to then[s, v]. All scores are
     divided by the best that any completion can earn, found exactly by dynamic programming: so they end in [0, 1]."""
@@ -231,7 +220,7 @@ class Rule:
         V, R, name = len(tok.tokens), args.max_new, args.reward
         S = dict(pattern=max(1, len(args.pattern)), length=R + 1).get(name, 1)
         self.gain, self.then = torch.zeros(S, V), torch.zeros(S, V, dtype=torch.long)
-        for s, (v, text) in ((s, pair) for s in range(S) for pair in enumerate(tok.tokens)):
+        for s, (v, text) in itertools.product(range(S), enumerate(tok.tokens)):
             if name == "pattern":                   # the state: how many characters of the pattern have been read
                 *found, rest = (args.pattern[:s] + text).split(args.pattern or "\0")       # begin anew after each, as str.count does
                 self.gain[s, v], self.then[s, v] = len(found), max(n for n in range(S) if rest.endswith(args.pattern[:n]))
@@ -240,9 +229,9 @@ class Rule:
             elif text and v != UNK:
                 self.gain[s, v] = dict(white_more=text.isspace(), white_less=not text.isspace(), letters={*text} <= {*args.letters})[name]
         best = torch.zeros(S)
-        for _ in range(R):                          # of what can still be earned; PAD, BOS and UNK are never drawn
-            go = self.gain + best[self.then] * (torch.arange(V) != EOS)
-            best = go[:, [EOS, *range(UNK + 1, V)]].amax(1)
+        for _ in range(R):                          # best: what n more tokens can earn from each state, then n + 1
+            total = self.gain + best[self.then] * (torch.arange(V) != EOS)
+            best = total[:, [EOS, *range(UNK + 1, V)]].amax(1)                      # PAD, BOS and UNK are never drawn
         self.maximum = best[0].item()
         if self.maximum == 0:
             sorry(f"no completion of {R} tokens of this vocabulary can earn any --reward {name}")
@@ -254,7 +243,6 @@ class Rule:
             gains.append(self.gain[state, token])
             state = self.then[state, token]
         return (torch.stack(gains, 1).to(mask.device) * mask).cumsum(1) / self.maximum
-
 
 def learned(model, mean, ids, left, mask):
     """A reward model's score r as a reward: sigmoid(r - mean), mean being the start's, is the probability (in the model's own
@@ -275,11 +263,9 @@ def policy_logp(logits, temperature=1.0, epsilon=0.0):
         logp = torch.logaddexp(logp + (math.log1p(-epsilon) if epsilon < 1 else -1e9), math.log(epsilon / (len(never) - 3)) + never)
     return logp
 
-
 def completion_mask(tokens):
     """tokens (B, R) -> bool (B, R): True for all tokens up to the first EOS and for it, False after."""
     return (tokens == EOS).cumsum(1) - (tokens == EOS).long() == 0
-
 
 @torch.no_grad()
 def rollout(model, prompts, left, R, temperature=1.0, epsilon=0.0):
@@ -289,12 +275,12 @@ def rollout(model, prompts, left, R, temperature=1.0, epsilon=0.0):
     for _ in range(0, R, N):
         logp = policy_logp(model.predict(model(new, left, cache)[:, -1:])[:, 0], temperature, epsilon)     # (B, N, V)
         up_to = logp.exp().cumsum(2)                # draw by inverting the distribution: much faster here than torch.multinomial
-        new = (up_to < torch.rand_like(up_to[:, :, :1]).clamp(min=1e-9) * up_to[:, :, -1:]).sum(2)          # (B, N); a 0 would draw PAD
+        u = torch.rand_like(up_to[:, :, :1]).clamp(min=1e-9) * up_to[:, :, -1:]         # (B, N, 1); a 0 would draw PAD
+        new = (up_to < u).sum(2)                                                        # (B, N)
         drawn.append((new, logp.gather(2, new[:, :, None])[:, :, 0]))
     tokens, logps = (torch.cat(x, 1)[:, :R] for x in zip(*drawn))
     mask = completion_mask(tokens)
     return torch.cat([prompts, tokens.masked_fill(~mask, PAD)], 1), logps, mask
-
 
 def replay(model, ids, left, R, temperature=1.0, epsilon=0.0):
     """The same tokens in one pass, with gradients: their log-probabilities (B, R), all tokens' (B, R, V), values (B, R). The token
@@ -303,7 +289,6 @@ def replay(model, ids, left, R, temperature=1.0, epsilon=0.0):
     x = model(ids[:, :-1], left)[:, P - 1::N]                                                   # (B, R / N, C)
     logp = policy_logp(model.predict(x).flatten(1, 2)[:, :R], temperature, epsilon)             # (B, R, V)
     return logp.gather(2, ids[:, P:, None])[:, :, 0], logp, model.value(x).repeat_interleave(N, 1)[:, :R]
-
 
 def final(x, mask):
     """x (B, R) at each row's last real token -> (B,)"""
@@ -358,7 +343,6 @@ def ranking_loss(chosen, rejected, margin):
     return -F.logsigmoid(chosen - rejected - margin)
 
 # ---- training ----------------------------------------------------------------------------------------------------------------
-
 def descend(loss, optimizer, where):
     """One gradient step; a loss that is not finite ends the program."""
     if not math.isfinite(loss.item()):
@@ -368,14 +352,12 @@ def descend(loss, optimizer, where):
     nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
     optimizer.step()
 
-
 def next_token_loss(model, rows, device):
     """Lists of ids -> cross-entropy of each token's successors, all N of them."""
     ids = pad(rows, max(map(len, rows)) + model.n_predict - 1, "right").to(device)
     targets = ids[:, 1:].unfold(1, model.n_predict, 1)                                      # (B, T, N)
     logits = model.predict(model(ids[:, :targets.size(1)], torch.zeros_like(ids[:, 0])))    # (B, T, N, V)
     return F.cross_entropy(logits.flatten(0, 2), targets.flatten(), ignore_index=PAD)
-
 
 def pretrain(corpus, args, file):
     """Next-token prediction on the corpus, going on from file if it is there. -> model, held-out loss in nats per token."""
@@ -384,7 +366,7 @@ def pretrain(corpus, args, file):
     torch.manual_seed(args.seed)
     model = Transformer(len(corpus.tok.tokens), T, args).to(args.device)
     optimizer = adamw(model.parameters(), lr=args.lr)
-    state = dict(dict(step=0, seconds=0.0), **common.resume(file, model=model, optimizer=optimizer))
+    state = dict(step=0, seconds=0.0) | common.resume(file, model=model, optimizer=optimizer)
     began = time.time() - state["seconds"]
     for step in tqdm(range(state["step"], args.steps), "pretraining", args.steps, initial=state["step"], disable=None):
         optimizer.param_groups[0]["lr"] = args.lr * min((step + 1) / 50, 0.55 + 0.45 * math.cos(math.pi * step / args.steps))
@@ -398,15 +380,15 @@ def pretrain(corpus, args, file):
     print(f"pretrained {sum(map(torch.numel, model.parameters())):,} weights in {state['seconds']:.0f} s: held-out loss {loss:.3f} a token")
     return model, loss
 
-
 def improve(name, algo, policy, start, reward, lines, args, file, tails=False, pool=None, v=0):
     """Sample completions, score them, move the policy, round by round, from file on if it is there. -> seconds, rejection sampling's pool
     {ids: score}, and curve, [(round, reward, KL, distinct, worst |ratio - 1| before the first inner step, beam's reward or nan)]."""
     R, G, B = args.max_new, args.group, args.prompts * args.group
+    kl_in_loss, kl_in_reward = (args.kl, 0.0) if args.kl_in == "loss" else (0.0, args.kl)
     critic = policy if args.value == "shared" else copy.deepcopy(start).requires_grad_(True)
     optimizer = adamw([*policy.parameters(), *(critic.parameters() if critic is not policy else ())], lr=args.rl_lr)
     parts = dict(policy=policy, critic=critic, optimizer=optimizer)
-    state = dict(dict(step=0, curve=[], pool=pool or {}, seconds=0.0), **common.resume(file, **parts))
+    state = dict(step=0, curve=[], pool=pool or {}, seconds=0.0) | common.resume(file, **parts)
     curve, pool, began = state["curve"], state["pool"], time.time() - state["seconds"]
     for step in (bar := tqdm(range(state["step"], args.iterations), name, args.iterations, initial=state["step"], disable=None)):
         # prompts and samples depend on (seed, version, round) alone: a resumed run sees what an unbroken one would have seen
@@ -418,13 +400,15 @@ def improve(name, algo, policy, start, reward, lines, args, file, tails=False, p
         prefix = reward(ids, left, mask)                            # (B, R)
         score, ref = final(prefix, mask), replay(start, ids, left, R)[0]        # (B,), (B, R)
         # in the reward, log p/ref is KL's right gradient: the best policy is start x exp(score / kl), normalised. in the loss it is k3
-        cost = args.kl * (old - ref) * mask * (args.kl_in == "reward")
+        cost = kl_in_reward * (old - ref) * mask
         if algo == "rejection":                                     # the best 64 winners of all rounds; of equals the newest
             won = score.view(-1, G).argmax(1) + torch.arange(0, B, G, device=args.device)
             pool.update(zip(map(tuple, ids[won].tolist()), score[won].tolist()))
             pool = dict(sorted(pool.items(), key=lambda x: x[1])[-64:])
-            for _ in range(args.epochs):                            # the better, the oftener
-                won = torch.tensor([list(pool)[-1 - i] for i in (len(pool) * rng.random(B)**2).astype(int)], device=args.device)
+            best = list(pool)[::-1]
+            for _ in range(args.epochs):
+                picked = [best[i] for i in (len(best) * rng.random(B)**2).astype(int)]          # squared: the better, the oftener
+                won = torch.tensor(picked, device=args.device)
                 loss = average(-replay(policy, won, (won[:, :-R] == PAD).sum(1), R)[0], completion_mask(won[:, -R:]), algo)
                 descend(loss, optimizer, f"round {step} of {name}")
         for epoch in range(args.epochs if algo != "rejection" else 0):
@@ -433,14 +417,18 @@ def improve(name, algo, policy, start, reward, lines, args, file, tails=False, p
             if epoch == 0:                                          # nothing has moved yet: a ratio that is not 1 here is a bug
                 error = ((logp - old).exp() - 1).abs()[mask].max().item()
                 if algo == "ppo":
-                    old_value = value.detach()                      # earned: by each token what it adds, or all by the last one
-                    earned = (prefix - F.pad(prefix, (1, -1))) * mask if args.per_step else F.one_hot(mask.sum(1) - 1, R) * score[:, None]
-                    earned = args.reward_scale * (whiten(earned, mask) if args.normalize == "rewards" else earned)
-                    adv, returns = gae(earned - cost, old_value, mask, args.gamma, args.lam)
+                    if args.per_step:
+                        earned = (prefix - F.pad(prefix, (1, -1))) * mask           # by each token what it adds
+                    else:
+                        earned = F.one_hot(mask.sum(1) - 1, R) * score[:, None]     # all of it by the last one
+                    if args.normalize == "rewards":
+                        earned = whiten(earned, mask)
+                    old_value = value.detach()
+                    adv, returns = gae(args.reward_scale * earned - cost, old_value, mask, args.gamma, args.lam)
                     adv = whiten(adv, mask) if args.normalize == "advantages" else adv
                 else:
                     adv = group_advantages(args.reward_scale * score - cost.sum(1), G, algo)[:, None].expand(-1, R)
-            loss = average(policy_loss(logp, old, adv, args.clip) + args.kl * (args.kl_in == "loss") * kl_k3(logp, ref), mask, algo)
+            loss = average(policy_loss(logp, old, adv, args.clip) + kl_in_loss * kl_k3(logp, ref), mask, algo)
             loss = loss + args.entropy * average((every.exp() * every).sum(2), mask, algo) if args.entropy else loss
             if algo == "ppo":
                 loss = loss + 0.5 * average(value_loss(value, old_value, returns, args.clip), mask, algo)       # PPO2's weight
@@ -451,11 +439,10 @@ def improve(name, algo, policy, start, reward, lines, args, file, tails=False, p
         bar.set_postfix(reward=f"{curve[-1][1]:.3f}", kl=f"{curve[-1][2]:.1f}")
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == args.iterations:
             state = dict(step=step + 1, curve=curve, pool=pool, seconds=time.time() - began)
-            common.save_checkpoint(file, dict(state, **{k: v.state_dict() for k, v in parts.items()}))
+            common.save_checkpoint(file, state | {name: part.state_dict() for name, part in parts.items()})
     return state
 
 # ---- evaluation ----------------------------------------------------------------------------------------------------------------
-
 @torch.no_grad()
 def beam(policy, prompt, left, R, width):
     """The completion of prompt (P,) that common.beam_search finds, by the sum of its log-probabilities. -> ids (P + R,)"""
@@ -463,7 +450,6 @@ def beam(policy, prompt, left, R, width):
     # from the whole prefix each time, and what is not drawn yet as pads: short enough to go without a cache
     step = lambda ids, parent: replay(policy, fill(ids), left.expand(len(ids)), R)[1][:, ids.size(1) - len(prompt)]
     return fill(torch.tensor(common.beam_search(step, prompt.tolist(), width, R, eos=[EOS], length_penalty=0.0)[0]))
-
 
 def evaluate(policy, start, reward, lines, args, tails=False):
     """8 samples for each of 32 fixed prompts, temperature 1, no noise; beam search for the first 4. -> metrics, ids (256, P + R)"""
@@ -476,7 +462,6 @@ def evaluate(policy, start, reward, lines, args, tails=False):
                 kl=(kl_k3(logp, ref) * mask).sum(1).mean().item(), surprise=-average(ref, mask, "ppo").item(),
                 distinct=len(set(map(tuple, ids[:, -R:].tolist()))) / 256), ids
 
-
 def figure(path, panels, xlabel):
     """panels: (ylabel, {name: (xs, ys)}) each -> a PNG, the panels side by side."""
     from matplotlib.figure import Figure            # not pyplot, which looks for a display
@@ -484,17 +469,17 @@ def figure(path, panels, xlabel):
     for ax, (ylabel, lines) in zip(fig.subplots(1, len(panels)), panels):
         for name, (xs, ys) in lines.items():
             ax.plot(xs, ys, ".-" if len(xs) < 50 else "-", label=name)
-        ax.set(xlabel=xlabel, ylabel=ylabel), ax.legend(frameon=False)
+        ax.set(xlabel=xlabel, ylabel=ylabel)
+        ax.legend(frameon=False)
     with common.whole_file(path) as part:
         fig.savefig(part, bbox_inches="tight")
     return str(path)
 
 # ---- Llama 2's recipe: judge, reward model, V1 to V5 ---------------------------------------------------------------------------
-
 def judge(tokens, corpus):
     """The programmatic judge: a good completion comes to an end and has many different words that the corpus knows. -> [0, 1]"""
-    return (EOS in tokens) * min(1.0, len(set(corpus.tok.decode(tokens).split()) & corpus.words) / 8)
-
+    known = set(corpus.tok.decode(tokens).split()) & corpus.words
+    return min(1.0, len(known) / 8) if EOS in tokens else 0.0
 
 def ask_judge(policy, corpus, n, args, rng):
     """Two completions for each of n prompts -> ids (n, 2, P + R), the better first; left (n, 2); margin (n,): Llama 2's four
@@ -503,15 +488,14 @@ def ask_judge(policy, corpus, n, args, rng):
     ids = rollout(policy, prompts, left, args.max_new)[0].view(n, 2, -1)
     score = torch.tensor([[judge(row[args.prompt_len:], corpus) for row in two] for two in ids.tolist()], device=args.device)
     gap = score[:, 0] - score[:, 1]
-    ids, margin = torch.where(gap[:, None, None] > 0, ids, ids.flip(1)), sum((gap.abs() > x).float() for x in (0.2, 0.4, 0.6)) / 3
+    ids = torch.where(gap[:, None, None] > 0, ids, ids.flip(1))
+    margin = sum((gap.abs() > x).float() for x in (0.2, 0.4, 0.6)) / 3
     return [x[gap != 0] for x in (ids, left.view(n, 2), margin)]
-
 
 def rate(model, ids, left, R):
     """A reward model's scalar for each completion, at its last real token: ids (..., P + R), left (...) -> (...)"""
     flat = ids.flatten(0, -2)
     return final(model.value(model(flat, left.flatten()))[:, -R:], completion_mask(flat[:, -R:])).view(left.shape)
-
 
 def learn_reward(policy, start, corpus, pairs, args, v):
     """Ask the judge about the policy, add its answers to pairs, train a copy of start to rank them all, one epoch. -> the reward,
@@ -527,9 +511,10 @@ def learn_reward(policy, start, corpus, pairs, args, v):
         descend(ranking_loss(*rate(model, ids, left, R).unbind(1), margin).mean(), optimizer, f"pair {at} of the reward model")
     prompts, left, _ = draw_prompts(corpus.quotes, 256, 1, args, rng, tails=True)
     mean = rate(model.requires_grad_(False), rollout(start, prompts, left, R)[0], left, R).mean()
-    right, strength = torch.diff(rate(model, *held[:2], R))[:, 0] < 0, (held[2] * 3).round()
-    return functools.partial(learned, model, mean), pairs, {f"right_{m}": right[strength == m].float().mean().item() for m in (3, 2, 1, 0)}
-
+    ids, left, margin = held
+    better, worse = rate(model, ids, left, R).unbind(1)
+    right = {f"right_{m}": (better > worse)[(3 * margin).round() == m].float().mean().item() for m in (3, 2, 1, 0)}
+    return functools.partial(learned, model, mean), pairs, right
 
 def rlhf(policy, corpus, args, file):
     """SFT, then V1 ... V5: each asks the judge about the newest policy, trains a reward model on all pairs so far and improves the
@@ -541,14 +526,17 @@ def rlhf(policy, corpus, args, file):
         ids = torch.cat([prompts, pad(rests, R, "right").to(args.device)], 1)
         descend(average(-replay(policy, ids, left, R)[0], completion_mask(ids[:, -R:]), "ppo"), optimizer, f"line {at} of SFT")
     start, pool, pairs, versions = copy.deepcopy(policy).requires_grad_(False), {}, None, {}
-    args = type(args)(**dict(vars(args), iterations=math.ceil(args.iterations / 5)))        # a copy: the log shows what was asked
+    args = copy.copy(args)                          # the log shows what was asked
+    args.iterations = math.ceil(args.iterations / 5)
     for v in range(6):
         reward, pairs, accuracy = learn_reward(policy, start, corpus, pairs, args, v)
         job = policy, start, reward, corpus.quotes, args
         if v:
             if pool:                                # the winners of earlier versions, as the newest reward model sees them
                 won = torch.tensor(list(pool), device=args.device)
-                pool = dict(zip(pool, final(reward(won, (won[:, :-R] == PAD).sum(1), m := completion_mask(won[:, -R:])), m).tolist()))
+                mask = completion_mask(won[:, -R:])
+                score = final(reward(won, (won[:, :-R] == PAD).sum(1), mask), mask)
+                pool = dict(zip(pool, score.tolist()))
             pool = improve(f"RLHF-V{v}", "rejection" if v < 5 else "ppo", *job, file(f"v{v}"), True, pool, v)["pool"]
         metrics, ids = evaluate(*job, tails=True)
         judged = np.mean([judge(row[-R:], corpus) for row in ids.tolist()])
@@ -556,7 +544,6 @@ def rlhf(policy, corpus, args, file):
     return versions
 
 # ---- main ----------------------------------------------------------------------------------------------------------------------
-
 def main():
     args, began = get_args(), time.time()
     corpus = Corpus(args)
@@ -572,8 +559,8 @@ def main():
     start, metrics = copy.deepcopy(policy).requires_grad_(False), dict(pretrain_loss=round(loss, 3))
     if args.algo == "rlhf":
         versions = rlhf(policy, corpus, args, file)
-        lines = lambda *keys: {k: (list(versions), [m[k] for m, _ in versions.values()]) for k in keys}
-        panels = [("reward", lines("reward", "judge", "beam")), ("nats", lines("kl")), ("share of samples", lines("distinct"))]
+        panels = [(label, {k: (list(versions), [m[k] for m, _ in versions.values()]) for k in keys})
+                  for label, keys in (("reward", ("reward", "judge", "beam")), ("nats", ("kl",)), ("share of samples", ("distinct",)))]
     else:
         lines, tails = (corpus.quotes, True) if args.reward == "model" else (corpus.train, False)
         reward = learn_reward(policy, start, corpus, None, args, 0)[0] if tails else Rule(args, tok)
@@ -581,9 +568,11 @@ def main():
         state = improve(args.algo, args.algo, policy, start, reward, lines, args, file(args.algo), tails)
         versions[args.algo] = evaluate(policy, start, reward, lines, args, tails)
         n, score, kl, _, error, beams = zip(*state["curve"])
-        seen = list(zip(*((i, b) for i, b in zip(n, beams) if not math.isnan(b))))
-        panels = [("reward", {"sampled": (n, score), "beam search": seen}), ("nats", {"KL": (n, kl)})]
-        metrics.update(dict(ratio_error=max(error)) if args.algo != "rejection" else {}, rl_seconds=round(state["seconds"], 1))
+        looked = [i for i, b in enumerate(beams) if not math.isnan(b)]
+        panels = [("reward", {"sampled": (n, score), "beam search": (looked, [beams[i] for i in looked])}), ("nats", {"KL": (n, kl)})]
+        if args.algo != "rejection":
+            metrics["ratio_error"] = max(error)
+        metrics["rl_seconds"] = round(state["seconds"], 1)
     (before, old), *_, (after, new) = versions.values()
     found = beam(policy, new[0, :P], (new[0, :P] == PAD).sum(), args.max_new, args.beam)
     for title, ids in (("before", old[::43]), ("after", new[::43]), ("after, by beam search", found[None])):
@@ -594,7 +583,6 @@ def main():
     metrics.update(figure=figure(OUT / f"ppo_char_{args.algo}_{args.reward}.png", panels, "version" if args.algo == "rlhf" else "round"),
                    before=round(before["reward"], 3), **{k: round(float(v), 3) for k, v in after.items()})
     common.log_result("ppo_char.py", args, time.time() - began, metrics)
-
 
 if __name__ == "__main__":
     common.run(main)

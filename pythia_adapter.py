@@ -10,30 +10,32 @@ makes 318 of 300; nobody fell); 46 s of training. Pretrained weights were not ru
 After Small-LLM's adapter on Pythia-410M, which made 74.9 +- 108 of 1200. Differs from it in:
 1. the return token carries the reward rate still to be earned, and the data is dt_cheetah.py's ladder of gaits
 2. K = 2 steps of context, 500 gradient steps; windows begin before the episode does in training too
-3. small tokens (0.03), large random weights (0.06): an early version needed them; with 1 and 0.02 this one is as good (0.44%)
+3. small tokens (0.03) and large random weights (0.06): an early version needed them, this one is as good with 1 and 0.02 (0.44%)
 Not handled: other architectures than GPT-NeoX; dropout; targets above 2400 were not measured.
 """
 import contextlib, hashlib, json, math, pathlib, re, subprocess, sys, time
 
 import common                       # before torch: it says how torch's threads wait
+from common import Cheetahs, sorry
 import numpy as np
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from common import Cheetahs, sorry
-
 S_DIM, A_DIM, T_DATA = 17, 6, 1000       # HalfCheetah-v5: observation, action, time limit in steps of 0.05 s
 OUT, SAVE_EVERY = pathlib.Path("out"), 100
-CLOCK = dict(rate=100, rtg=T_DATA - 1)  # a rate knows how much time is left: its clock stops, and every horizon looks alike
+CLOCK = dict(rate=100, rtg=T_DATA - 1)  # the time token stands still from here on: a rate holds for any time left, a return does not
 # Pythia's sizes (Biderman et al. 2023, arXiv 2304.01373, table 1): layers, width, heads
 SHAPES = {"pythia-14m": (6, 128, 4), "pythia-31m": (6, 256, 8), "pythia-70m": (6, 512, 8), "pythia-160m": (12, 768, 12),
           "pythia-410m": (24, 1024, 16), "pythia-1b": (16, 2048, 8), "pythia-1.4b": (24, 2048, 16), "pythia-2.8b": (32, 2560, 32),
           "pythia-6.9b": (32, 4096, 32), "pythia-12b": (36, 5120, 40)}
 
-# ---- flags -----------------------------------------------------------------------------------------------------------------
+# the flags that shape an adapter: they name its file, and --compare hands them on
+SHAPED_BY = ("dataset model dtype adapter token_std random_std tune_ln condition context steps batch_size lr warmup weight_decay grad_clip "
+             "seed").split()
 
+# ---- flags -----------------------------------------------------------------------------------------------------------------
 def get_args(argv=None):
     p = common.Flags(__doc__)
     # what is asked of the cheetah
@@ -68,12 +70,11 @@ def get_args(argv=None):
     p.flag("renderer", "numpy", "numpy works anywhere; mujoco wants a working OpenGL", choices=["numpy", "mujoco"])
     p.flag("compare", False, "run this and the other policies as processes: one table, one figure")
     p.flag("smoke", False, "the same path with tiny numbers, under a minute")
-    if "--smoke" in (sys.argv if argv is None else argv):       # its numbers are defaults: other flags still win over them
-        p.set_defaults(dataset="out/data/cheetah_ladder_1_0.05_0.6_0.3.hdf5", model="random:pythia-14m", steps=20, episodes=2,
-                       max_steps=100, video_steps=40)
-    args = p.parse_args(argv)
-    four = args.compare and args.target_rew == p.get_default("target_rew")
-    args.targets = args.targets or ([300.0, 600.0, 1200.0, 2400.0] if four else [args.target_rew])
+    args = p.parse_args(argv, smoke=dict(dataset="out/data/cheetah_ladder_1_0.05_0.6_0.3.hdf5", model="random:pythia-14m", steps=20,
+                                         episodes=2, max_steps=100, video_steps=40))
+    if args.compare and args.target_rew == p.get_default("target_rew"):
+        args.targets = args.targets or [300.0, 600.0, 1200.0, 2400.0]
+    args.targets = args.targets or [args.target_rew]
     return args
 
 # ---- the trunk: GPT-NeoX (Black et al. 2022, arXiv 2204.06745), which Pythia is ---------------------------------------------
@@ -86,15 +87,14 @@ class Config:
         self.n_layer, self.n_embd, self.n_head = c["num_hidden_layers"], c["hidden_size"], c["num_attention_heads"]
         self.ffn, self.eps = c["intermediate_size"], c.get("layer_norm_eps", 1e-5)
         self.parallel, self.bias = c.get("use_parallel_residual", True), c.get("attention_bias", True)
-        either = {**c, **rope}              # rotary_pct and rotary_emb_base are the old names, and Pythia's
-        self.theta = float(either.get("rope_theta") or either.get("rotary_emb_base") or 10_000)
+        flat = {**c, **rope}                # rotary_pct and rotary_emb_base are the old names, and Pythia's
+        self.theta = float(flat.get("rope_theta") or flat.get("rotary_emb_base") or 10_000)
         self.hs = self.n_embd // self.n_head
-        self.rot = int(self.hs * (either.get("partial_rotary_factor") or either.get("rotary_pct") or 0.25))
+        self.rot = int(self.hs * (flat.get("partial_rotary_factor") or flat.get("rotary_pct") or 0.25))
         scaling = rope or c.get("rope_scaling") or {}
         kind, act = scaling.get("rope_type") or scaling.get("type") or "default", c.get("hidden_act", "gelu")
         if act != "gelu" or kind != "default" or self.n_embd % self.n_head or self.rot % 2:
             raise ValueError(f"{act} (gelu is handled), rope {kind} (default is), {self.n_head} heads on {self.n_embd}, {self.rot} turning")
-
 
 class Block(nn.Module):
     """Attention and MLP side by side on the same input (parallel), or one after the other. Names are the files' names."""
@@ -121,13 +121,11 @@ class Block(nn.Module):
         z = self.post_attention_layernorm(x if self.cfg.parallel else x + y)
         return x + y + self.mlp.dense_4h_to_h(F.gelu(self.mlp.dense_h_to_4h(z)))        # (B, Q, C)
 
-
 def rotate(x, cos, sin):
     """Rotary position (Su et al. 2021, arXiv 2104.09864) on the first dimensions of x (..., T, hs): i turns with i + rot/2."""
     half = cos.size(1)
     a, b, rest = x.split([half, half, x.size(-1) - 2 * half], -1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], -1)
-
 
 class GPTNeoX(nn.Module):
     """All between the words: their embeddings at both ends are what the adapter takes the place of."""
@@ -148,7 +146,6 @@ class GPTNeoX(nn.Module):
         # of the last block nothing else is read: two thirds of its work fall away
         return self.final_layer_norm(self.layers[-1](x, mask, rope, rows))
 
-
 def load_trunk(folder, dtype=torch.float32):
     """A folder in Hugging Face's layout -> GPTNeoX in dtype, whatever its files hold. One or many .safetensors or .bin."""
     folder = pathlib.Path(folder)
@@ -164,9 +161,8 @@ def load_trunk(folder, dtype=torch.float32):
         found = {k.removeprefix("gpt_neox."): x for k, x in found.items()}
         with torch.device("meta"):
             trunk = GPTNeoX(cfg)
-        trunk.load_state_dict({k: found[k].to(dtype) for k in trunk.state_dict()}, assign=True)     # the rest: words, buffers
+        trunk.load_state_dict({k: found[k].to(dtype) for k in trunk.state_dict()}, assign=True)     # files hold more: words, old buffers
     return trunk
-
 
 def fetch_model(name):
     """A Hub id's config and weights, .safetensors rather than .bin. -> the folder they were downloaded to"""
@@ -174,14 +170,11 @@ def fetch_model(name):
     return common.fetch_hub(name, [r"model(-[\w-]+)?\.safetensors(\.index\.json)?", r"pytorch_model(-[\w-]+)?\.bin(\.index\.json)?"],
                             instead=f"; --model random:{instead} runs the same path on a random frozen trunk, with no network")
 
-
 def trunk_dtype(args, device, trained):
     """float32 if any of it is trained; else the fastest that the hardware multiplies: bfloat16, float16 (older GPUs), float32."""
-    if trained or args.dtype != "auto":
-        return torch.float32 if trained else getattr(torch, args.dtype)
-    name = common.fast_dtype(device)
-    return torch.float16 if device == "cuda" and name == "float32" else getattr(torch, name)
-
+    name = common.fast_dtype(device) if args.dtype == "auto" else args.dtype
+    older_gpu = args.dtype == "auto" and device == "cuda" and name == "float32"
+    return getattr(torch, "float32" if trained else "float16" if older_gpu else name)
 
 def find_trunk(args, device):
     """--model -> the trunk. What is not to be trained needs no gradient: the backward pass goes through it and keeps none."""
@@ -204,7 +197,6 @@ def find_trunk(args, device):
     return trunk.to(device, dtype)
 
 # ---- the idea: new ends for a language model ----------------------------------------------------------------------------------
-
 class Adapter(nn.Module):
     """What is still to be earned, the state and the action of each step become a token each, in place of a word's embedding.
     The trunk reads them as it would read a sentence, and what it makes of a state is read out as an action. trunk is no part
@@ -219,33 +211,31 @@ class Adapter(nn.Module):
         nn.init.constant_(self.ln_in.weight, token_std)
         self.register_buffer("mean", torch.zeros(S_DIM))            # of the data's states: a model knows its own scale
         self.register_buffer("std", torch.ones(S_DIM))
-        self.register_buffer("most", torch.tensor(torch.inf))       # of rates larger than nearly all it was shown it knows nothing
+        self.register_buffer("most", torch.tensor(torch.inf))       # the largest rate it was shown, but for a thousandth; more is not asked of it
 
     def forward(self, trunk, r, s, a, t, valid, last=False):
         """r (B, K): reward rates or returns-to-go; s (B, K, 17); a (B, K, 6); t (B, K): steps since the start; valid (B, K):
         False where a window begins before its episode. -> actions (B, K, 6), or of the last step alone (B, 1, 6)."""
-        (B, K), T, time = t.shape, 3 * t.size(1) - 1, self.embed_time(t)
+        (B, K), time = t.shape, self.embed_time(t.clamp(max=CLOCK[self.condition]))
+        T = 3 * K - 1                                                       # tokens: the last action is what we are asked for
         tokens = [self.embed_return(return_features(r, self.condition)) + time, self.embed_state((s - self.mean) / self.std) + time,
                   self.embed_action(a) + time]
-        x = self.ln_in(torch.stack(tokens, 2).view(B, 3 * K, -1)[:, :-1])   # (B, T, C): the last action is what we are asked for
+        x = self.ln_in(torch.stack(tokens, 2).view(B, 3 * K, -1)[:, :-1])   # (B, T, C)
         seen = valid.repeat_interleave(3, 1)[:, None, None, :T]             # (B, 1, 1, T)
         mask = torch.ones(T, T, dtype=torch.bool, device=x.device).tril() & seen
         rows = slice(T - 1, None) if last else slice(1, None, 3)            # the states' tokens
         y = trunk(x.to(trunk.final_layer_norm.weight.dtype), mask, rows)    # (B, K or 1, C)
         return torch.tanh(self.head(y.float()))
 
-
 def reward_rate(rtg, steps_left):
     """The return-to-go per step left: what made dt_cheetah.py obey. Under 20 steps (a second) single strides would rule."""
     return rtg / np.maximum(steps_left, 20)
-
 
 def still_to_earn(d, condition):
     """Episodes -> what the return token says at each of their steps, (N,): R_t = r_t + ... + r_end, or its rate."""
     total, end = np.cumsum(d.rew, dtype=np.float64), np.repeat(d.first + d.length, d.length)
     rtg = total[end - 1] - total + d.rew
     return rtg if condition == "rtg" else reward_rate(rtg, end - np.arange(len(rtg)))
-
 
 def return_features(r, condition):
     """r (B, K) -> (B, K, 1), the paper's scale, or (B, K, 9): waves tell rates apart that a line lets look alike."""
@@ -254,7 +244,6 @@ def return_features(r, condition):
         return r / 1000
     waves = r * torch.tensor([1.0, 3.0, 9.0, 27.0], device=r.device)
     return torch.cat([r, waves.sin(), waves.cos()], -1)
-
 
 def windows(first, length, K, B, rng):
     """B windows of K steps that end anywhere in an episode, its first steps too, as in evaluation. -> index into the flat
@@ -265,14 +254,12 @@ def windows(first, length, K, B, rng):
     return np.maximum(index, begin), np.maximum(index - begin, 0), index >= begin
 
 # ---- training --------------------------------------------------------------------------------------------------------------
-
 def build(args, device):
     """-> trunk, adapter, and a list of all that is trained."""
     torch.manual_seed(args.seed)
     trunk = find_trunk(args, device)
     adapter = Adapter(trunk.cfg.n_embd, args.adapter, args.condition, args.token_std).to(device)
     return trunk, adapter, [p for p in (*adapter.parameters(), *trunk.parameters()) if p.requires_grad]
-
 
 def train(args, data, file, device):
     """Train on windows of data() (called only if needed), going on from file if it is there. -> trunk, adapter, seconds, how
@@ -290,15 +277,16 @@ def train(args, data, file, device):
         return trunk, adapter, seconds, count
     d = data()
     r, obs, act = (torch.from_numpy(np.float32(x)).to(device) for x in (still_to_earn(d, args.condition), d.obs, d.act))
-    adapter.mean.copy_(obs.mean(0)), adapter.std.copy_(obs.std(0) + 1e-6)
+    adapter.mean.copy_(obs.mean(0))
+    adapter.std.copy_(obs.std(0) + 1e-6)
     if args.condition == "rate":
         adapter.most.fill_(np.quantile(r.cpu(), 0.999))
     scale = 1024.0 if dtype == torch.float16 else 1.0           # or small gradients become 0; AdamW does not mind a factor
     bar, began = tqdm(total=args.steps, initial=step, desc="training", unit="step", disable=None), time.time() - seconds
     while step < args.steps:
         # batches depend on (seed, step) alone: a resumed run sees what an unbroken one would have seen
-        i, t, valid = windows(d.first, d.length, args.context, args.batch_size, np.random.default_rng((args.seed, step)))
-        i, t, valid = (torch.from_numpy(x).to(device) for x in (i, np.minimum(t, CLOCK[args.condition]), valid))
+        batch = windows(d.first, d.length, args.context, args.batch_size, np.random.default_rng((args.seed, step)))
+        i, t, valid = (torch.from_numpy(x).to(device) for x in batch)
         for group in optimizer.param_groups:
             group["lr"] = args.lr * min((step + 1) / args.warmup, 0.55 + 0.45 * math.cos(math.pi * step / args.steps))
         loss = F.mse_loss(adapter(trunk, r[i], obs[i], act[i], t, valid)[valid], act[i][valid])
@@ -322,7 +310,6 @@ def train(args, data, file, device):
     return trunk, adapter, seconds, count
 
 # ---- evaluation: closed loop, all targets and episodes in one batch ---------------------------------------------------------
-
 @torch.inference_mode()
 def evaluate(trunk, adapter, targets, args, device):
     """One episode per entry of targets (n,), all at once, each from its own start -> what they earned (n,); who ever pitched
@@ -335,14 +322,13 @@ def evaluate(trunk, adapter, targets, args, device):
     for step in tqdm(range(H), desc="running", unit="step", disable=None):
         for x in (r, s, a, t, valid):                           # the window moves on by a step
             x[:, :-1] = x[:, 1:].clone()
-        r[:, -1] = torch.from_numpy(np.minimum(reward_rate(owed, H - step), adapter.most.item()) if args.condition == "rate" else owed)
-        s[:, -1], t[:, -1], valid[:, -1] = torch.from_numpy(obs), min(step, CLOCK[args.condition]), True
+        told = np.minimum(reward_rate(owed, H - step), adapter.most.item()) if args.condition == "rate" else owed
+        r[:, -1], s[:, -1], t[:, -1], valid[:, -1] = torch.from_numpy(told), torch.from_numpy(obs), step, True
         a[:, -1] = adapter(trunk, r, s, a, t, valid, last=True)[:, 0]
         obs, reward = sim.step(a[:, -1].cpu().double().numpy())
         earned, owed, fell = earned + reward, owed - reward, fell | (np.abs(obs[:, 1]) > 1.2)
         diary.append((sim.state[0, 1:10].copy(), earned[0], targets[0]))
     return earned, fell, diary
-
 
 def figure(rows, path):
     """rows: (policy, asked (n,), mean (n,), std (n,)) -> a PNG: for each target a group of bars, and a line where they should end."""
@@ -362,23 +348,20 @@ def figure(rows, path):
     return path
 
 # ---- the comparison: every policy in a process of its own, as its own command runs it ---------------------------------------
-
 def compare(args):
     """Run the four commands at --targets, read the tables that they print, print one table and draw one figure."""
     began, rows, here = time.time(), [], pathlib.Path(__file__).resolve().parent
-    targets, mine = args.targets, ["--model", args.model] if ":" in args.model else []
-    real = "EleutherAI/pythia-70m" if ":" in args.model else args.model
-    usual = get_args(["--smoke"] if args.smoke else [])
-    said = {k: v for k, v in vars(args).items() if v != getattr(usual, k) and k not in ("model", "compare", "smoke", "video", "video_steps",
-            "renderer", "target_rew", "targets", "episodes", "max_steps", "seed")}
-    given = lambda names: [x for k in names if k in said for x in ([f"--{k}"] if said[k] is True else [f"--{k}", said[k]])]
-    flags = ["--episodes", args.episodes, "--max_steps", args.max_steps, "--seed", args.seed, "--no-video",
-             *(["--smoke"] if args.smoke else []), "--targets", *targets]
-    for label, script, *more in (("DT, cloning", "dt_cheetah.py", "--baseline", "bc", *given(["dataset"])),
-                                 ("adapter", "pythia_adapter.py", *mine, *given(said)),
-                                 (f"adapter, {real}", "pythia_adapter.py", "--model", real, *given(said)),
-                                 ("kNN", "rag_cheetah.py", *given(["dataset"]))):
-        command = [sys.executable, str(here / script), *map(str, [*more, *flags])]
+    smoke = ["--smoke"] if args.smoke else []
+    flags = [*smoke, "--episodes", args.episodes, "--max_steps", args.max_steps, "--seed", args.seed, "--no-video", "--targets", *args.targets]
+    usual, data, tuned = get_args(smoke), [], []            # data, tuned: what else was said; for all commands, for the adapters
+    for k in SHAPED_BY:
+        if k not in ("model", "seed") and (v := getattr(args, k)) != getattr(usual, k):
+            (data if k == "dataset" else tuned).extend([f"--{k}"] if v is True else [f"--{k}", v])
+    control = ["--model", args.model] if ":" in args.model else []          # the random trunk, or the one to be trained
+    real = args.model if not control else "EleutherAI/pythia-70m"
+    for label, script, *more in (("DT, cloning", "dt_cheetah.py", "--baseline", "bc"), ("adapter", "pythia_adapter.py", *control, *tuned),
+                                 (f"adapter, {real}", "pythia_adapter.py", "--model", real, *tuned), ("kNN", "rag_cheetah.py")):
+        command = [sys.executable, str(here / script), *map(str, [*more, *data, *flags])]
         print(f"running python {' '.join(command[1:])}", flush=True)
         text = subprocess.run(command, stdout=subprocess.PIPE, text=True).stdout      # its stderr, progress and faults, is ours
         found = re.findall(r"\n(.+) \(([\d,]+) parameters, (\d+) s of training\)\n asked.*((?:\n *-?\d+ +-?[\d.]+ \+- .*)+)", text)
@@ -388,11 +371,11 @@ def compare(args):
     log = OUT / "results.jsonl"
     for line in log.read_text().splitlines() if log.exists() else []:
         with contextlib.suppress(ValueError, KeyError, TypeError):          # torn by a kill, or an older script's
-            row, f = (x := json.loads(line)), x["flags"]
-            same = all(f[k] == getattr(args, k) for k in ("targets", "max_steps", "episodes", "seed", "dataset"))
-            if row["script"] == "rag_cheetah.py" and f["llm"] != "knn" and same:
-                rows[-1] = (f"kNN + {f['llm']}", "0", "0", [x[:3] for x in row["metrics"]["table"]])
-    print(f"\n{'return, mean +- std of episodes':34s}" + "".join(f"{x:>16.0f}" for x in targets) + "   parameters  seconds trained")
+            run = json.loads(line)
+            llm, same = run["flags"]["llm"], all(run["flags"][k] == getattr(args, k) for k in ("targets", "max_steps", "episodes", "seed", "dataset"))
+            if run["script"] == "rag_cheetah.py" and llm != "knn" and same:
+                rows[-1] = (f"kNN + {llm}", "0", "0", [row[:3] for row in run["metrics"]["table"]])
+    print(f"\n{'return, mean +- std of episodes':34s}" + "".join(f"{x:>16.0f}" for x in args.targets) + "   parameters  seconds trained")
     for name, count, seconds, table in rows:
         print(f"{name:34s}" + (table if isinstance(table, str) else "".join(f"{f'{m:.0f} +- {s:.0f}':>16s}" for _, m, s in table)
                                + f"{count:>13s}{seconds:>17s}"))
@@ -403,20 +386,17 @@ def compare(args):
         policies=len(drawn), figure=str(figure(drawn, OUT / "comparison.png")), rows={name: table for name, _, _, table in rows}))
 
 # ---- main ------------------------------------------------------------------------------------------------------------------
-
 def checkpoint(args):
     """The adapter's file is named after all that shaped it: other flags make another, the same flags find it again."""
-    shape = {k: getattr(args, k) for k in ("dataset model dtype adapter token_std random_std tune_ln condition context steps batch_size lr "
-                                           "warmup weight_decay grad_clip seed").split()}
+    shape = {k: getattr(args, k) for k in SHAPED_BY}
     # new gaits, other data, other weights in the model's folder make another adapter
     ladder = pathlib.Path(__file__).with_name("data") / "cheetah_ladder.npz"
-    source = ladder if "cheetah_ladder" in args.dataset and ladder.exists() else pathlib.Path(args.dataset)
+    source = ladder if args.dataset.startswith("out/data/cheetah_ladder") and ladder.exists() else pathlib.Path(args.dataset)
     data, weights = source.read_bytes() if source.is_file() else b"", []
     if (folder := pathlib.Path(args.model)).is_dir():
         weights = [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in sorted(folder.iterdir()) if p.is_file()]
     stamp = json.dumps([shape, weights] if weights else shape).encode() + data
     return OUT / f"pythia_adapter_{hashlib.sha256(stamp).hexdigest()[:8]}.pt"
-
 
 def main():
     args, began, device = get_args(), time.time(), common.pick_device()
@@ -442,7 +422,6 @@ def main():
         film = common.draw_episode(Cheetahs.model, diary[:args.video_steps], args.renderer)
         metrics["video"] = str(common.write_video(OUT / f"pythia_adapter_{args.targets[0]:.0f}.mp4", film))
     common.log_result("pythia_adapter.py", args, time.time() - began, metrics)
-
 
 if __name__ == "__main__":
     common.run(main)

@@ -4,29 +4,27 @@
     OPENAI_API_KEY=... python rag_cheetah.py --llm MODEL --price_in $ --price_out $ --episodes 1 --max_steps 100
 
 Measured, the neighbours alone (--llm knn; seed 0, 10 episodes per target, 1 shared core of an AMD EPYC, torch 2.13): asked for 300,
-600, 1200, 2400 they earn 298 +- 2, 598 +- 2, 1196 +- 1, 2396 +- 3; with --k 1 and 10 of the 631 episodes still within 0.8%, with 2
-within 18%, and with --rate_weight 0 some 340 whatever is asked. They are what any --llm has to beat. Of LLMs only SmolLM2-135M has
-run, behind a real server for three steps: no reply of it could be used; the client also met a server with every fault (tests).
+600, 1200, 2400 they earn 298 +- 2, 598 +- 2, 1196 +- 1, 2396 +- 3. With --k 1, ten of the 631 episodes are enough for an error of
+0.8%, two for 18%; with --rate_weight 0 they earn some 340, whatever is asked. Any --llm has to beat them. The only LLM run so far is
+SmolLM2-135M, three steps behind a real server: none of its replies could be used. The tests have a server with every fault.
 After the RAG demonstration of Small-LLM, whose code was never published: the prompt is its document's. Differs from it in:
 1. the query holds the reward rate that is still to be earned, so the neighbours obey --target_rew; k of them, each of another episode
 2. a reply that can't be used is asked for once more, then replaced by the neighbours' mean (there: by zeros), and counted
 3. HalfCheetah-v5, whatever the prompt says
 Not handled: models that refuse temperature or max_tokens; replies in pieces (streaming); other environments.
 """
-import concurrent.futures, hashlib, json, pathlib, queue, re, sys, threading, time
+import concurrent.futures, hashlib, json, pathlib, queue, re, threading, time
 
 import common                       # before torch: it says how torch's threads wait
+from common import OPENAI, Cheetahs, Journal, post, read_key, sorry
 import numpy as np
 import torch
 from tqdm import tqdm
-
-from common import OPENAI, Cheetahs, Journal, post, read_key, sorry
 
 S_DIM, A_DIM, T_DATA = 17, 6, 1000       # HalfCheetah-v5: observation, action, time limit in steps of 0.05 s
 OUT, PAUSE = pathlib.Path("out"), 1.0      # PAUSE: seconds before a second try; then it doubles
 
 # ---- flags -----------------------------------------------------------------------------------------------------------------
-
 def get_args(argv=None):
     p = common.Flags(__doc__)
     # what is asked of the cheetah
@@ -58,9 +56,7 @@ def get_args(argv=None):
     p.flag("video_steps", 400, "its length in steps; 20 are a second")
     p.flag("renderer", "numpy", "numpy works anywhere; mujoco wants a working OpenGL", choices=["numpy", "mujoco"])
     p.flag("smoke", False, "the same path with tiny numbers, under a minute")
-    if "--smoke" in (sys.argv if argv is None else argv):       # its numbers are defaults: other flags still win over them
-        p.set_defaults(dataset="out/data/cheetah_ladder_1_0.05_0.6_0.3.hdf5", episodes=2, max_steps=100, video_steps=40)
-    args = p.parse_args(argv)
+    args = p.parse_args(argv, smoke=dict(dataset="out/data/cheetah_ladder_1_0.05_0.6_0.3.hdf5", episodes=2, max_steps=100, video_steps=40))
     args.targets = args.targets or [args.target_rew]
     if args.llm == "knn":
         args.price_in = args.price_out = 0.0
@@ -69,11 +65,9 @@ def get_args(argv=None):
     return args
 
 # ---- episodes: what was still to be earned at each of their steps -------------------------------------------------------------
-
 def reward_rate(rtg, steps_left):
     """The return-to-go per step left: what made dt_cheetah.py obey. Under 20 steps (a second) single strides would rule."""
     return rtg / np.maximum(steps_left, 20)
-
 
 def still_to_earn(d):
     """Episodes -> the rate that each of their steps was still to earn, (N,)."""
@@ -81,21 +75,20 @@ def still_to_earn(d):
     return reward_rate(total[end - 1] - total + d.rew, end - np.arange(len(end)))
 
 # ---- the idea, first half: what did others do who were where we are, and earned what we want? -----------------------------------
-
 class Store:
     """All steps of the episodes: obs, rate and act, float32, as (E, L, ...), E episodes padded to L steps. A key is the state,
     normalised, and the reward rate that its episode was still to earn; so a query asks for a state AND a future."""
     def __init__(self, obs, act, rate, length, weight):
         E, L = len(length), int(max(length))
         self.E, self.L, self.weight, self.steps = E, L, weight, int(sum(length))
-        at, there = np.repeat(np.arange(E), length), np.concatenate([np.arange(n) for n in length])
+        e, t = np.repeat(np.arange(E), length), np.concatenate([np.arange(n) for n in length])      # of each step: its episode, its time
         self.obs, self.act = np.zeros((E, L, S_DIM), np.float32), np.zeros((E, L, A_DIM), np.float32)
-        self.obs[at, there], self.act[at, there] = obs, act
+        self.obs[e, t], self.act[e, t] = obs, act
         self.mean, self.std = obs.mean(0), obs.std(0) + 1e-6
-        key = np.full((E, L, S_DIM + 2), 0, np.float32)
+        key = np.zeros((E, L, S_DIM + 2), np.float32)
         key[:, :, -1] = -1e30                                   # padding: infinitely far away
-        key[at, there, :-1] = self.key(obs, rate)
-        key[at, there, -1] = -0.5 * np.square(key[at, there, :-1]).sum(1)
+        key[e, t, :-1] = self.key(obs, rate)
+        key[e, t, -1] = -0.5 * np.square(key[e, t, :-1]).sum(1)
         self.table = torch.from_numpy(key.reshape(E * L, -1)).T.contiguous()        # (19, E L)
 
     def key(self, obs, rate):
@@ -108,12 +101,13 @@ class Store:
         comes; the nearest k of them are looked through once more for the step, as a maximum is found twice as fast as its place.
         In pieces, for a piece's products to stay in the cache."""
         q = torch.from_numpy(np.concatenate([self.key(obs, rate), np.ones((len(obs), 1), np.float32)], 1))             # (n, 19)
-        n, L, some = len(q), self.L, max(1, 2**17 // (self.L * len(q)))         # some: episodes per piece
-        near = [(q @ self.table[:, e * L:(e + some) * L]).view(n, -1, L).amax(2) for e in range(0, self.E, some)]      # (n, some)
+        n, L, piece = len(q), self.L, max(1, 2**17 // (self.L * len(q)))        # piece: so many episodes at a time
+        near = [(q @ self.table[:, e * L:(e + piece) * L]).view(n, -1, L).amax(2) for e in range(0, self.E, piece)]    # (n, piece) each
         episodes = torch.cat(near, 1).topk(min(k, self.E), 1).indices                                                  # (n, k)
-        steps = torch.stack([(x @ self.table.view(-1, self.E, L)[:, e].flatten(1)).view(-1, L).argmax(1) for e, x in zip(episodes, q)])
+        table, steps = self.table.view(-1, self.E, L), torch.empty_like(episodes)
+        for i in range(n):
+            steps[i] = (q[i] @ table[:, episodes[i]].flatten(1)).view(-1, L).argmax(1)                  # (19) @ (19, k L) -> (k, L) -> (k)
         return episodes.numpy(), steps.numpy()
-
 
 def find_store(args):
     """--dataset -> Store. Its arrays are computed once and kept in out/, under the name of what they were made from."""
@@ -134,9 +128,7 @@ def find_store(args):
     return store
 
 # ---- the idea, second half: say it to a language model ----------------------------------------------------------------------------
-
 SYSTEM = "You are an expert Mujoco Half Cheetah V0 environment controller."
-
 
 def write(x, store, encoding, kind):
     """Numbers as the prompt has them. float: three decimals. int: 0 to 200, 100 the middle, as tokenizers cut whole numbers
@@ -145,7 +137,6 @@ def write(x, store, encoding, kind):
         return "[" + ", ".join(f"{v:.3f}" for v in x) + "]"
     x = 100 + 25 * (x - store.mean) / store.std if kind == "state" else 100 + 100 * x
     return "[" + ", ".join(str(int(v)) for v in np.clip(np.rint(x), 0, 200)) + "]"
-
 
 def messages(args, store, step, obs, episodes, steps, past):
     """The original's prompt for one cheetah: obs (17,), its neighbours (k,) each, past [(obs, action, reward), ...]."""
@@ -156,10 +147,9 @@ def messages(args, store, step, obs, episodes, steps, past):
     if args.history and past:
         lines += ["The last steps were:"]
         lines += [f"State: {say(o, 'state')} : action {say(a, 'action')} : reward {r:.3f}" for o, a, r in past[-args.history:]]
-    form = ", ".join(f"{'f' if args.encoding == 'float' else 'i'}{i}" for i in range(1, 7))
+    form = ", ".join(args.encoding[0] + str(i) for i in range(1, 7))                # f1, f2, ... or i1, i2, ...
     lines += ["", f'Respond in strict JSON: {{"action": [{form}]}}. No extra text.']
     return [dict(role="system", content=SYSTEM), dict(role="user", content="\n".join(lines))]
-
 
 def parse(reply, encoding):
     """A reply -> (action (6,) within [-1, 1], whether it had to be clipped to that); ValueError with what is wrong with it."""
@@ -174,11 +164,8 @@ def parse(reply, encoding):
     return np.clip(x, -1, 1), bool((abs(x) > 1).any())
 
 # ---- the endpoint: everything that can go wrong, and what was paid -----------------------------------------------------------------
-
-
 class GivenUp(Exception):
     """A sentence that a request's thread has for the user; the main thread says it, once."""
-
 
 class Controller:
     """Asks the LLM for actions. What it says is in the journal before it is used; counts hold what became of each step."""
@@ -266,41 +253,37 @@ class Controller:
         return journal.replies.get(key, dict(reply=None))["reply"]
 
 # ---- evaluation: closed loop, all targets and episodes in one batch ---------------------------------------------------------
-
 def evaluate(args, store, targets, controller=None):
     """One episode per entry of targets (n,), each from its own start -> what they earned (n,); who ever pitched over (n,)
     bool; all actions (steps, n, 6); the first one's diary: (qpos (9,), return so far, target); seconds per search."""
     n, H, sim = len(targets), args.max_steps, Cheetahs(len(targets))
-    obs, owed, earned, fell = sim.reset(np.random.default_rng(10_000 + args.seed)), np.array(targets, float), np.zeros(n), np.zeros(n, bool)
-    diary, actions, past, searching = [], [], [[] for _ in range(n)], 0.0
+    obs, owed = sim.reset(np.random.default_rng(10_000 + args.seed)), np.array(targets, float)
+    earned, fell, searching = np.zeros(n), np.zeros(n, bool), 0.0
+    diary, actions, past = [], [], [[] for _ in range(n)]
     for step in tqdm(range(H), desc=f"running, {args.llm}", unit="step", disable=None):
         began = time.perf_counter()
         episodes, steps = store.find(obs, reward_rate(owed, H - step), args.k)
         searching += time.perf_counter() - began
         action = controller.act(step, obs, episodes, steps, past) if controller else store.act[episodes, steps].mean(1)
-        for p, o, a in zip(past, obs, action):
-            p.append([o, a])
-        obs, reward = sim.step(np.float64(action))
-        for p, r in zip(past, reward):
-            p[-1].append(r)
+        before, (obs, reward) = obs, sim.step(np.float64(action))
+        for steps_so_far, *last in zip(past, before, action, reward):
+            steps_so_far.append(last)
         earned, owed, fell = earned + reward, owed - reward, fell | (np.abs(obs[:, 1]) > 1.2)
         actions.append(action)
         diary.append((sim.state[0, 1:10].copy(), earned[0], targets[0]))
     return earned, fell, np.stack(actions), diary, searching / H
 
 # ---- main ------------------------------------------------------------------------------------------------------------------
-
 def journal_file(args):
     """A run's journal is named after all that its prompts depend on: the same command finds it again."""
     shape = {k: getattr(args, k) for k in ("targets episodes max_steps dataset store_episodes k rate_weight llm api_base history encoding "
                                            "temperature max_tokens seed").split()}
     return OUT / f"rag_{re.sub(r'[^A-Za-z0-9.-]+', '_', args.llm)}_{hashlib.sha256(json.dumps(shape).encode()).hexdigest()[:8]}.jsonl"
 
-
 def main():
     args, began, controller = get_args(), time.time(), None
-    key, asked = read_key(args, "--llm knn", args.llm != "knn"), np.repeat(args.targets, args.episodes)
-    store = find_store(args)
+    key = read_key(args, "--llm knn", args.llm != "knn")
+    store, asked = find_store(args), np.repeat(args.targets, args.episodes)
     if args.llm != "knn":
         file = journal_file(args)
         controller = Controller(args, store, Journal(file), key)
@@ -332,7 +315,6 @@ def main():
         film = common.draw_episode(Cheetahs.model, diary[:args.video_steps], args.renderer)
         metrics["video"] = str(common.write_video(OUT / f"{name}.mp4", film))
     common.log_result("rag_cheetah.py", args, time.time() - began, metrics)
-
 
 if __name__ == "__main__":
     common.run(main)

@@ -4,8 +4,8 @@
     OPENAI_API_KEY=... python selfinstruct.py --guides FOLDER --game NAME --teacher MODEL --price_in $ --price_out $
 
 Measured (seed 0, one shared x86 core): the offline run makes 333 pairs to train on and 68 held out, of 4,820 raw ones, in 3 s of CPU.
-lora_llama.py's demo, tuned on them for 5 epochs: held-out loss per byte 6.27 before, 1.34 after; exact answers 0 before, 7 of 68 after,
-as many as guessing names would get: what a held-out paragraph says, no other does. Cleaning 30,000 synthetic rows: 6 to 8 s of CPU.
+lora_llama.py's demo, tuned on them for 5 epochs: held-out loss per byte 6.27 before, 1.34 after; exact answers 0 before, 7 of 68 after.
+Guessing names gets as many: no other paragraph says what a held-out one does. Cleaning 30,000 synthetic rows: 6 to 8 s of CPU.
 Self-Instruct (Wang et al. 2022, arXiv 2212.10560) for texts, after sangstar's Melee tutor (2023; 28,584 pairs, about $70): a teacher
 writes pairs from one chunk of a guide at a time; the number of chunks is drawn anew for every pass. Differs from them in: 1. the last
 chunk is used, too. 2. free filters run before paid ones. 3. paragraphs are held out before anything is asked. 4. answers must be
@@ -14,17 +14,16 @@ Not handled: PDF, pages made by JavaScript, a teacher that bills more than max_t
 """
 import array, collections, concurrent.futures, contextlib, functools, hashlib, html, html.parser, ipaddress, json, os, pathlib, re
 import socket, sys, threading, time, urllib.parse, urllib.robotparser, zlib
+
+import common
+from common import OPENAI, Journal, hide, post, read_key, sorry
 import numpy as np
 import requests, urllib3
 from tqdm import tqdm
 
-import common
-from common import OPENAI, Journal, hide, post, read_key, sorry
-
 HERE, PAUSE = pathlib.Path(__file__).resolve().parent, 1.0           # seconds before a second try; then it doubles
 
 # ---- flags -----------------------------------------------------------------------------------------------------------------
-
 def get_args(argv=None):
     p = common.Flags(__doc__)
     # what is read
@@ -67,14 +66,13 @@ def get_args(argv=None):
     # what comes out
     p.flag("out", "out/selfinstruct", "folder of journal, pages, pairs and report")
     p.flag("smoke", False, "the same path with two passes")
-    if "--smoke" in (sys.argv if argv is None else argv):
-        p.set_defaults(passes=2)
-    args = p.parse_args(argv)
+    args = p.parse_args(argv, smoke=dict(passes=2))
     bounds = args.question_words, args.answer_words, (args.chunks_min, args.chunks_max)
     if any(low > high for low, high in bounds) or args.context < args.max_tokens + 2000:
         p.error("of two bounds the smaller comes first, and --context is --max_tokens and 2,000 more for the prompt")
     override = [re.fullmatch(r"(.+)=(\d+\.?\d*),(\d+\.?\d*),([1-9]\d*),([1-9]\d*)", text) for text in args.chunks_for]
-    all(m and int(m[4]) <= int(m[5]) for m in override) or p.error("argument --chunks_for: takes NAME=mean,sd,min,max, say fox=45,3,35,50")
+    if not all(m and int(m[4]) <= int(m[5]) for m in override):
+        p.error("argument --chunks_for: takes NAME=mean,sd,min,max, say fox=45,3,35,50")
     args.chunks_for = {m[1].lower(): (float(m[2]), float(m[3]), int(m[4]), int(m[5])) for m in override}
     if args.teacher == "cloze":
         args.price_in = args.price_out = 0.0
@@ -83,14 +81,13 @@ def get_args(argv=None):
     return args
 
 # ---- sources: whatever people have, to clean text --------------------------------------------------------------------------
-
 def decode(raw, kind=""):
     """bytes -> (text, [what was odd]): utf-16 by its mark, else utf-8, else what the page or its content type (kind) names, or cp1252: old
     guides come in it. Control characters, NULs too, go; every line ends in \\n with no space before it."""
     odd, named = [], re.findall(rb"(?i)charset=[\"']?([\w-]+)", kind.encode() + raw[:2048])[:1]
     for encoding in ("utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig", *(n.decode() for n in named), "cp1252"):
         try:
-            text = raw.decode(encoding, "replace" if odd else "strict")
+            text = raw.decode(encoding, "replace" if odd else "strict")         # strict once; the next one has ? for what does not fit
             break
         except (UnicodeError, LookupError):
             odd = ["not utf-8"]
@@ -98,7 +95,6 @@ def decode(raw, kind=""):
     if len(clean) < len(text):
         odd.append("control characters")
     return "\n".join(line.rstrip() for line in re.split("\r\n|\r|\n", clean)).strip(), odd
-
 
 class Page(html.parser.HTMLParser):
     """HTML, however broken -> parts [(paragraph, whether it stands in a frame: a menu, a footer)]. Code goes, and what is mostly links."""
@@ -135,20 +131,21 @@ class Page(html.parser.HTMLParser):
             self.parts.append((text, self.depth["frame"] > 0))
         self.words, self.links, self.depth["link"] = [], 0, 0           # an <a> left open must not eat the rest
 
-
 def to_text(raw, kind):
     """The bytes of a file or page of a content type -> (text, [what was odd]). Frames stay in if one left open would eat most of a page."""
     text, odd = decode(raw, kind)
     if "html" in kind:
         parts = Page(text).parts
-        inner, whole = ("\n\n".join(part for part, framed in parts if frames or not framed) for frames in (False, True))
+        whole = "\n\n".join(part for part, _ in parts)
+        inner = "\n\n".join(part for part, framed in parts if not framed)
         text = whole if 5 * len(inner) < len(whole) else inner
     return text, odd
-
 
 @contextlib.contextmanager
 def public_only():
     """While open, sockets find no private, loopback or link-local address: redirects and names that change lead to none, either."""
+    real = socket.getaddrinfo
+
     def look_up(host, *rest, **kw):
         found = real(host, *rest, **kw)                 # what is looked at here is what is connected to
         for *_, address in found:
@@ -157,12 +154,12 @@ def public_only():
             if not ip.is_global or ip.is_multicast:
                 sorry(f"{host} is a private address ({ip}), where no page has any business; --allow_private lets --urls go there")
         return found
-    real, socket.getaddrinfo = socket.getaddrinfo, look_up
+
+    socket.getaddrinfo = look_up
     try:
         yield
     finally:
         socket.getaddrinfo = real
-
 
 def get_page(session, url, args, robots=None):
     """url -> (bytes, content type). Redirects are followed by hand, each looked at as the first was. robots: site -> its rules; None while
@@ -190,7 +187,6 @@ def get_page(session, url, args, robots=None):
             raise ValueError(type(e).__name__) from None
     raise ValueError("too many redirects")
 
-
 def obey_robots(session, url, args, robots):
     """Waits as the site's robots.txt asks; raises ValueError if it forbids the page."""
     site = re.match(r"[^/]+//[^/?#]+", url)[0]
@@ -204,7 +200,6 @@ def obey_robots(session, url, args, robots):
     if not robots[site].can_fetch("selfinstruct", url):
         raise ValueError("robots.txt forbids it")
     time.sleep(min(60, float(robots[site].crawl_delay("selfinstruct") or 0)))
-
 
 def read_urls(args):
     """--urls -> guides and remarks, as read_guides gives them. A page is fetched once and kept in --out/pages."""
@@ -229,7 +224,6 @@ def read_urls(args):
             notes.append((url, f"left out: {e}"))
     return guides, notes
 
-
 def read_guides(args):
     """--guides -> guides [(name, where from, text)] and remarks [(where, why)] on what was left out or repaired."""
     guides, notes, folder = [], [], pathlib.Path(args.guides)
@@ -250,7 +244,6 @@ def read_guides(args):
     return guides, notes
 
 # ---- prompts and teacher ---------------------------------------------------------------------------------------------------
-
 def messages(job, args):
     """What a chat model is sent for a job, in OpenAI's form. A chunk stands between tags with a number that no guide can know: whatever it
     says inside ("ignore the above ...") stays material."""
@@ -272,16 +265,14 @@ def messages(job, args):
                   "Write each pair as 'Q: ...' and 'A: ...' on two lines, with a blank line between pairs.")
     return [dict(role="system", content=system), dict(role="user", content=user)]
 
-
 def make_job(args, **job):
     """A job's key says all that its reply depends on, so a reply that was paid for is found again by any later run."""
     what = [args.teacher, args.temperature, args.max_tokens, messages(job, args), job.get("where"), job.get("cut")]
     return dict(job, key=hashlib.sha256(json.dumps(what).encode()).hexdigest()[:24])
 
-
 def cloze(job):
-    """The teacher without a model: who-is-it and fill-in questions from a chunk's sentences, in the format asked of a model. Answers are
-    what was hidden, however long the prompt wants them: the question must tell the form of its answer, or it can't be learned."""
+    """The teacher without a model: who-is-it and fill-in questions from a chunk's sentences, in the format asked of a model. An answer is
+    the word that was hidden, even where the prompt asks for long ones: two forms of answer to one kind of question can't be learned."""
     if job["kind"] != "pairs":
         return "pass"           # it says only what the guide says and cannot judge it; nor rewrite: what mentions the guide is dropped
     rng, pairs, name = np.random.default_rng(int(job["key"], 16)), [], name_pattern(job["name"])
@@ -298,7 +289,6 @@ def cloze(job):
             hidden = re.sub(rf"(?<!\w){re.escape(word)}(?!\w)", "___", line, count=1)
             pairs.append(f"Q: Fill in the blank about the {job['name']}: {hidden}\nA: {word}")
     return "\n\n".join(pairs)
-
 
 class Teacher:
     """Asks jobs of --teacher, --parallel at once. What it says is in the journal before anyone uses it."""
@@ -360,7 +350,6 @@ class Teacher:
                 return
 
 # ---- the idea: chunks, variation, filters ----------------------------------------------------------------------------------
-
 VARIATIONS = [a + b for a in ("", "Questions should be as technical as possible.\n")
               for b in ("", "Answers should be concise.\n", "Answers should be lengthy.\n")]       # six, drawn per chunk
 CJK = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"             # scripts without spaces: every character is a word
@@ -372,21 +361,17 @@ MENTION = re.compile(r"(?i)\b(guide|passage|excerpt|article|(the|this|given|prov
 MARK = r"(?im)^[ \t>*#\d.()-]{0,12}(?:%s)[ \t]{0,4}\d{0,4}[ \t]{0,4}[:.)][*_]{0,2}[ \t]*"  # "1. **Q:** ", "Question 1: "
 PAIR, ANSWER = re.compile(MARK % "q|question"), re.compile(MARK % "a|answer")
 
-
 def tokens(text):
     """Lower-case words, as ROUGE counts them, in any script."""
     return TOKEN.findall(text.lower())
-
 
 def content(text):
     """The set of words that carry meaning, plural s dropped."""
     return {w[:-1] if len(w) > 3 and w[-1] == "s" else w for w in tokens(text) if w not in STOP}
 
-
 def clipped_gaussian(rng, mean, sd, low, high):
     """How many chunks a guide is cut into in one pass (sangstar 2023): an integer in [low, high]."""
     return int(np.clip(rng.normal(mean, sd), low, high))
-
 
 def chunks(text, n, most):
     """text -> n pieces of about equal length, cut where a paragraph, sentence or word ends nearby; more than n if a piece would have over
@@ -402,25 +387,22 @@ def chunks(text, n, most):
             return pieces
         n = max(n + 1, int(n * largest / most))         # still too large: as many more as the largest needs
 
-
 def blocks(text, most=1500):
     """text -> its paragraphs, each with the headings above it; a very long one is cut. Joined they are text again."""
     parts = re.findall(r"(?s)(?:#[^\n]*\n{2,})*.+?(?:\n{2,}|\Z)", text)         # a heading alone would make no question
     return [piece for part in parts for piece in chunks(part, 1, most)]
 
-
 def hold_out(texts, share, seed):
     """The paragraphs to keep apart, a set: of every guide those with the lowest hashes, one at least, up to about `share` of it. A text
     that stands in two guides is on one side in both; no guide's own share takes its last one."""
-    held = set()
-    for text in texts:
-        parts, size = {b.strip() for b in blocks(text)}, 0
-        for part in sorted(parts, key=lambda b: hashlib.sha256(f"{seed} {b}".encode()).digest())[:-1] if share else ():
+    held, order = set(), lambda part: hashlib.sha256(f"{seed} {part}".encode()).digest()
+    for text in texts if share else []:
+        parts, size = sorted({b.strip() for b in blocks(text)}, key=order), 0
+        for part in parts[:-1]:
             if not size or size + len(part) / 2 <= share * len(text):       # half of it still fits: nearer to share than without
                 held.add(part)
                 size += len(part)
     return held
-
 
 def plan(guides, args):
     """guides [(name, where, text)] -> jobs: each pass cuts a guide's training text into a drawn number of chunks, its held-out text into
@@ -437,25 +419,22 @@ def plan(guides, args):
                                   cut=[turn, i, len(pieces)], variant=int(rng.integers(6))) for i, piece in enumerate(pieces)]
     return jobs
 
-
 def parse_pairs(reply, cut_off=False):
     """A reply -> pairs [(q, a)], and what is no pair, [text]. If the reply ran into --max_tokens, its last pair is none."""
     first, *bodies = PAIR.split(reply)
     pairs, rest = [], [first]
     for i, body in enumerate(bodies, 1):
-        q, *a = (part.strip(" \n*") for part in ANSWER.split(body, 1))
-        if q and any(a) and (i < len(bodies) or not cut_off):
-            pairs.append((" ".join(q.split()), a[0]))
+        pair = [part.strip(" \n*") for part in ANSWER.split(body, 1)]
+        if len(pair) == 2 and all(pair) and (i < len(bodies) or not cut_off):
+            pairs.append((" ".join(pair[0].split()), pair[1]))
         else:
             rest.append("Q: " + body)
     return pairs, [r.strip() for r in rest if r.strip()]
-
 
 def name_pattern(name):
     """Finds a character's name, plural included, with either kind of apostrophe, and not inside another word."""
     core = re.escape(name.replace("’", "'")).replace("'", "['’]")
     return re.compile(rf"(?i)(?<!\w){core}s?(?!\w)" if name.replace("’", "").isascii() else f"(?i){core}")
-
 
 def lcs(where, m, b):
     """Length of the longest common subsequence of a and b, words. where: word -> bits of its places in a; m = len(a). One big-integer row
@@ -465,7 +444,6 @@ def lcs(where, m, b):
         hit = v & where.get(w, 0)
         v = (v + hit | v - hit) & full
     return m - v.bit_count()
-
 
 class RougeIndex:
     """Kept questions. near(words): has one a ROUGE-L (f-measure) over t with words? Exact, through an inverted index: 2 LCS / (m + n) > t
@@ -490,7 +468,6 @@ class RougeIndex:
         self.kept.append(words)
         self.lengths.append(len(words))
 
-
 def unfit(row, names, args):
     """The first reason to drop a row that needs no other row, or None."""
     both = f"{row['q']} {row['a']}"
@@ -500,7 +477,6 @@ def unfit(row, names, args):
     if any(name_pattern(word).search(both) for word in args.blacklist if word):
         return "blacklist"
     return None if any(name.search(both) for name in names) else "names no character"
-
 
 def clean(rows, args, teacher):
     """rows [{q, a, job}] -> each gets why: None if it is kept, else the filter that dropped it. Free filters come first."""
@@ -521,24 +497,23 @@ def clean(rows, args, teacher):
             row["q"], row["a"] = pairs[0]
             row["why"] = unfit(row, names, args)
     known = functools.cache(lambda chunk, name: content(chunk) | content(name))         # once for all rows of a chunk
-    seen, index = set(), RougeIndex(args.rouge)
+    bags_seen, index = set(), RougeIndex(args.rouge)
     for row in tqdm([row for row in rows if not row["why"]], desc="clean", disable=None):
         words, said = tokens(row["q"]), frozenset(content(row["a"]))
-        bags = frozenset(content(row["q"])), said
+        bags = frozenset(content(row["q"])), said           # of words: they tell no order
         if len(said & known(row["job"]["chunk"], row["job"]["name"])) < args.grounded * len(said):      # stop words alone pass
             row["why"] = "not grounded in its chunk"
-        elif bags[0] and bags in seen:      # the same words in another order, which ROUGE-L would miss
+        elif bags[0] and bags in bags_seen:                 # the same words in another order, which ROUGE-L would miss
             row["why"] = "near duplicate"
         elif index.near(words):
             row["why"] = "ROUGE-L"
         else:
             index.add(words)
-            seen.add(bags)
+            bags_seen.add(bags)
     for row, reply in ask("vet", [row for row in rows if not row["why"] and args.vet]):
         row["why"] = {"pass": None, "fail": "vetting: outside entity"}.get(reply.strip().lower()[:4], "vetting: no verdict")
 
 # ---- what comes out --------------------------------------------------------------------------------------------------------
-
 def report(rows, notes, facts):
     """A run's numbers as text: what was read, each filter's toll, a histogram of answer lengths, ten samples."""
     kept, toll = [r for r in rows if not r["why"]], collections.Counter(r["why"] for r in rows if r["why"])
@@ -549,14 +524,14 @@ def report(rows, notes, facts):
     text += [f"{2**b // 2:>4} to {2**b - 1:<4}{n:>8} {'#' * (60 * n // max(bins.values()))}" for b, n in sorted(bins.items())]
     return "\n".join(text + [""] + [f"Q: {r['q']}\nA: {r['a']}\n" for r in kept[::max(1, len(kept) // 10)][:10]])
 
-
 def main():
     args, start = get_args(), time.time()
     key, out = read_key(args, "--teacher cloze", args.teacher != "cloze"), pathlib.Path(args.out)
     guides, notes = read_urls(args) if args.urls else read_guides(args)
     notes += [(where, "left out: empty") for _, where, text in guides if not text.strip()]
     guides = [(name, where, hide(text, key)) for name, where, text in guides if text.strip()]
-    guides or sorry("nothing to read: " + ("; ".join(f"{where}: {why}" for where, why in notes[:5]) or f"{args.guides} is empty"))
+    if not guides:
+        sorry("nothing to read: " + ("; ".join(f"{where}: {why}" for where, why in notes[:5]) or f"{args.guides} is empty"))
     if lost := args.chunks_for.keys() - {name.lower() for name, _, _ in guides}:
         sorry(f"--chunks_for {', '.join(lost)}: no guide has that name")
     jobs = plan(guides, args)
@@ -565,19 +540,23 @@ def main():
     teacher, rows = Teacher(args, Journal(out / "journal.jsonl"), key), []
     replies = teacher.ask(jobs, "pairs")
     if not args.max_cost and teacher.unmade:
-        return print(f"--max_cost 0: {teacher.unmade} requests were not made, and no file was written")
+        print(f"--max_cost 0: {teacher.unmade} requests were not made, and no file was written")
+        return
     for job, (reply, finish) in zip(jobs, replies):
         pairs, rest = parse_pairs(decode(reply.encode("utf-8", "replace"))[0], finish == "length")
         rows += [dict(q=q, a=a, job=job) for q, a in pairs]
         rows += [dict(q="", a=text, job=job, why="no question and answer") for text in rest]
-    rows or sorry(f"no question came of {len(jobs)} requests, {teacher.unmade} of them over --max_cost; {out} stays as it was")
+    if not rows:
+        sorry(f"no question came of {len(jobs)} requests, {teacher.unmade} of them over --max_cost; {out} stays as it was")
     clean(rows, args, teacher)
     made = dict(train=[], heldout=[], rejected=[])
     for row in rows:
-        job, why = row["job"], dict(why=row["why"]) if row["why"] else {}
+        job = row["job"]
         line = dict(prompt=row["q"], answer=row["a"], source=job["where"], name=job["name"], chunk=job["cut"], variant=job["variant"],
-                    teacher=args.teacher, **why)
-        made["rejected" if why else "heldout" if job["heldout"] else "train"].append(json.dumps(line, ensure_ascii=False) + "\n")
+                    teacher=args.teacher)
+        if row["why"]:
+            line["why"] = row["why"]
+        made["rejected" if row["why"] else "heldout" if job["heldout"] else "train"].append(json.dumps(line, ensure_ascii=False) + "\n")
     orders = re.compile(r"(?i)\b(ignore|disregard|forget) (all|the|any|previous|above)")
     metrics = dict(guides=len(guides), remarks=len(notes), suspicious=sum(bool(orders.search(t)) for _, _, t in guides), requests=len(jobs),
                    unanswered=replies.count(("", "")), rows=len(rows), train=len(made["train"]), heldout=len(made["heldout"]),
@@ -591,10 +570,10 @@ def main():
     print(text)
     common.log_result("selfinstruct.py", args, time.time() - start, metrics)
     if teacher.unmade:
-        print(f"--max_cost {args.max_cost:g} left {teacher.unmade} requests unmade; the same command with more goes on"
-              + f" (${metrics['in_doubt']:g} of it is for requests whose answers were lost)" * bool(metrics["in_doubt"]))
-    print(f"next: python lora_llama.py --data {out / 'train.jsonl'} --prompts {out / 'heldout.jsonl'} --epochs 5")      # 15: by heart
-
+        doubt = f" (${metrics['in_doubt']:g} of it is for requests whose answers were lost)" if metrics["in_doubt"] else ""
+        print(f"--max_cost {args.max_cost:g} left {teacher.unmade} requests unmade; the same command with more goes on{doubt}")
+    # 5 epochs: with lora_llama.py's default of 15 it learns them by heart
+    print(f"next: python lora_llama.py --data {out / 'train.jsonl'} --prompts {out / 'heldout.jsonl'} --epochs 5")
 
 if __name__ == "__main__":
     common.run(main)

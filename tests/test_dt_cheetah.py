@@ -291,8 +291,8 @@ def test_the_figure_shows_negative_targets_and_joins_means_by_target(tmp_path, m
                         (drawn.append((np.array(x), np.array(y))), _plot(self, x, y, *a, **kw))[1])
     asked = np.array([[300.0, 310.0], [-200.0, -200.0]])             # under a schedule each episode ends up owing something else
     dt.figure([("it", asked, asked + [[2.0, 4.0]])], tmp_path / "f.png")
-    (diagonal, _), (x, y), (dots, _) = drawn
-    assert diagonal[0] < -200 and diagonal[1] > 310 and x.tolist() == [-200, 305] and y.tolist() == [-197, 308] and len(dots) == 4
+    (x, y), (dots, _) = drawn
+    assert x.tolist() == [-200, 305] and y.tolist() == [-197, 308] and len(dots) == 4
 
 
 class Spy:
@@ -332,7 +332,7 @@ def same(data, obs, act, rew):
 def test_our_file_is_minaris(tmp_path):
     import minari
     obs, act, rew = some_episodes(12)               # 12: episode_10 must not sort before episode_2
-    common.write_episodes(tmp_path / "cheetah_ladder.hdf5", obs, act, rew)
+    dt.write_episodes(tmp_path / "cheetah_ladder.hdf5", obs, act, rew)
     same(common.read_episodes(tmp_path / "cheetah_ladder.hdf5"), obs, act, rew)
     ds = minari.MinariDataset(tmp_path)
     assert ds.total_episodes == 12 and ds.total_steps == 360
@@ -376,7 +376,7 @@ def test_d4rl_layout(tmp_path, timeouts, column):
 def test_another_ladder_is_another_data_set_and_an_older_one_is_made_anew(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     made = []
-    monkeypatch.setattr(dt, "collect", lambda args, path: (made.append(path.name), common.write_episodes(path, *some_episodes(2))))
+    monkeypatch.setattr(dt, "collect", lambda args, path: (made.append(path.name), dt.write_episodes(path, *some_episodes(2))))
     def ask(*flags):
         (tmp_path / "out/data").mkdir(parents=True, exist_ok=True)
         dt.find_dataset(dt.get_args(list(flags)))
@@ -424,7 +424,7 @@ def test_a_ladder_without_gaits_is_a_sentence(tmp_path, monkeypatch, capsys):
 
 def test_minaris_file_is_the_newest(tmp_path):
     for name in ("a.hdf5", "b.hdf5"):
-        common.write_episodes(tmp_path / name, *some_episodes())
+        dt.write_episodes(tmp_path / name, *some_episodes())
         assert (tmp_path / "main_data.hdf5").resolve().name == name
         (tmp_path / name).unlink()
 
@@ -432,7 +432,7 @@ def test_minaris_file_is_the_newest(tmp_path):
 def test_the_banner_tells_d4rls_score(tmp_path, capsys):
     obs, act, rew = some_episodes(2, 1000)
     rew[0], rew[1] = 12.135, -0.280178953                           # D4RL's expert and its random policy
-    common.write_episodes(tmp_path / "d.hdf5", obs, act, rew)
+    dt.write_episodes(tmp_path / "d.hdf5", obs, act, rew)
     dt.find_dataset(dt.get_args(["--dataset", str(tmp_path / "d.hdf5")]))
     assert re.search(r"largest: -280 .* 12135; D4RL-normalised: -?0\.0 .* 100\.0$", capsys.readouterr().out.strip())
 
@@ -479,7 +479,7 @@ def spoil_name(path):
 @pytest.mark.parametrize("how", BROKEN)
 def test_a_broken_data_set_is_one_sentence(tmp_path, capsys, how):
     path = tmp_path / "broken.hdf5"
-    common.write_episodes(path, *some_episodes())
+    dt.write_episodes(path, *some_episodes())
     BROKEN[how](path)
     with pytest.raises(SystemExit) as e:
         common.read_episodes(path)
@@ -490,7 +490,7 @@ def test_a_broken_data_set_is_one_sentence(tmp_path, capsys, how):
 def test_flipped_bits_in_the_numbers_are_noticed(tmp_path, capsys):
     path = tmp_path / "flip.hdf5"
     obs, act, rew = some_episodes(2, 50)
-    common.write_episodes(path, obs, act, rew)
+    dt.write_episodes(path, obs, act, rew)
     good, rng, noticed = path.read_bytes(), np.random.default_rng(0), 0
     for _ in range(60):
         at = good.index(obs[1].tobytes()[:64]) + int(rng.integers(0, obs[1].nbytes))
@@ -527,7 +527,7 @@ def test_200_damaged_files_load_whole_or_are_refused(tmp_path):
     """In a process of its own: a damaged file must not crash the C library under us either, hang it, or eat the memory."""
     import resource
     path = tmp_path / "f.hdf5"
-    common.write_episodes(path, *some_episodes(2, 20))
+    dt.write_episodes(path, *some_episodes(2, 20))
     limit = lambda: resource.setrlimit(resource.RLIMIT_AS, (16 << 30, 16 << 30))
     r = subprocess.run([sys.executable, "-c", FUZZ, str(ROOT), str(path), "0", "200"], capture_output=True, text=True, timeout=100, preexec_fn=limit)
     assert r.returncode == 0, r.stderr[-2000:]
@@ -575,7 +575,7 @@ def test_other_data_under_the_same_name_is_another_model(tmp_path):
     args = dt.get_args(["--dataset", str(tmp_path / "my.hdf5")])
     names = set()
     for seed in (0, 0, 1):
-        common.write_episodes(tmp_path / "my.hdf5", *some_episodes(2, seed=seed))
+        dt.write_episodes(tmp_path / "my.hdf5", *some_episodes(2, seed=seed))
         names.add(dt.checkpoint(args, "rate").name)
     assert len(names) == 2 and dt.checkpoint(dt.get_args([]), "rate") == dt.checkpoint(dt.get_args([]), "rate")
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import common
+import dt_cheetah as dt
 import pythia_adapter as pa
 from conftest import refused
 
@@ -422,7 +423,7 @@ def test_a_loss_that_is_not_finite_names_its_step(monkeypatch, tmp_path, capsys)
     monkeypatch.chdir(tmp_path)
     obs, act, rew = np.zeros((2, 31, 17), np.float32), np.zeros((2, 30, 6), np.float32), np.zeros((2, 30), np.float32)
     rew[:] = 3e38                                                   # its return-to-go is not a float32
-    common.write_episodes(tmp_path / "e.hdf5", obs, act, rew)
+    dt.write_episodes(tmp_path / "e.hdf5", obs, act, rew)
     monkeypatch.setattr(sys, "argv", ["pythia_adapter.py", "--smoke", "--dataset", "e.hdf5"])
     with pytest.raises(SystemExit) as e:
         common.run(pa.main)

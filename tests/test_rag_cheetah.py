@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 import common
+import dt_cheetah as dt
 import rag_cheetah as rag
 from conftest import ROOT, refused
 
@@ -26,7 +27,7 @@ def some_episodes(path, E=12, T=50, seed=0):
     obs[:, 0] = sim.reset(rng)
     for t in range(T):
         obs[:, t + 1], rew[:, t] = sim.step(np.float64(act[:, t]))
-    common.write_episodes(path, obs, act, rew)
+    dt.write_episodes(path, obs, act, rew)
     return path
 
 

@@ -49,9 +49,9 @@ def bounce():
     legible = lambda R, C: len(set(zip(R, C))) == len(R) and np.ptp(R) > 11 and np.ptp(C) > 20
     g = max(games, key=lambda g: np.count_nonzero(np.diff(g["D"][0, 0])) * legible(g["R"][0, 0], g["C"][0, 0]))
     _, _, R, C, text = next(b.read_path(g, b.generate(model, g, "cpu")[0]))
-    movie = list(common.draw_pen(g["fields"][0], R, C, text, stay=15))
-    palette = Image.fromarray(movie[-1]).quantize(32, dither=Image.Dither.NONE)
-    pictures = [Image.fromarray(m).quantize(palette=palette, dither=Image.Dither.NONE) for m in movie]
+    movie = list(b.draw_pen(g["fields"][0], R, C, text))
+    palette = movie[-1].quantize(32, dither=Image.Dither.NONE)
+    pictures = [m.quantize(palette=palette, dither=Image.Dither.NONE) for m in [*movie, *[movie[-1]] * 15]]
     pictures[0].save(ROOT / "assets/bounce.gif", save_all=True, append_images=pictures[1:], duration=100, loop=0, optimize=True)
 
 

@@ -191,7 +191,9 @@ def example(g):
 def export(args, quotes):
     """JSON lines {"prompt", "answer"} to train on, and of other seeds' mazes and other quotes in <name>_heldout.jsonl. quotes: of both
     sides. With next to no walls (--bars 0 to 2) mazes repeat, and one may be on both."""
-    path = pathlib.Path(args.export) if pathlib.Path(args.export).name else sorry(f"--export {args.export}: takes a file's name")
+    path = pathlib.Path(args.export)
+    if not path.name:
+        sorry(f"--export {args.export}: takes a file's name")
     for side, name in enumerate((path, path.with_name(f"{path.stem}_heldout{path.suffix}"))):
         with common.whole_file(name) as part, open(part, "w") as f:
             for i in tqdm(range(args.export_games[side]), desc=name.name, unit="game", disable=None):
@@ -201,7 +203,8 @@ def export(args, quotes):
 
 def score(path):
     """JSON lines {"prompt", "completion"} of any model -> counts and rates; what cannot be compared is counted by what is wrong."""
-    rows, rates, wrong = common.read_jsonl(path, ("prompt", "completion")), collections.defaultdict(list), collections.Counter()
+    rows = common.read_jsonl(path, ("prompt", "completion"))
+    rates, wrong = collections.defaultdict(list), collections.Counter()
     for row in rows:
         m = re.search(r"direction:\n(.*?)\n\n### Reference text:\n(.*?)\n\n### Playing field:\n```\n(.*?)\n```", row["prompt"], re.S)
         try:
@@ -487,13 +490,16 @@ def cells_of(g, rng, Q):
 
 def loss_of(model, g, device, cells=None, decoys=0, rng=None):
     """Mean cross-entropy of the next token over a batch of games, plus that of cells = (pos, ids), asked for after the path."""
-    (ids, pos), Q = model.tokens(g), 0
-    ids, pos, target = ids[..., :-1], pos[..., :-1, :], ids[..., 1:]
+    ids, pos = model.tokens(g)
+    ids, pos, target, Q = ids[..., :-1], pos[..., :-1, :], ids[..., 1:], 0
     if cells is not None:
-        (at, there), Q = cells, cells[1].shape[2]
-        ids, pos, target = (np.concatenate(x, 2) for x in ((ids, np.full_like(there, CELL)), (pos, at), (target, there)))
+        at, there = cells
+        Q = there.shape[2]
+        ids = np.concatenate([ids, np.full_like(there, CELL)], 2)
+        pos, target = np.concatenate([pos, at], 2), np.concatenate([target, there], 2)
     ids, pos, target, *memory = (torch.from_numpy(x).to(device) for x in (ids, pos, target, *model.memory(g, decoys, rng)))
-    return F.cross_entropy(model(ids, pos, model.remember(*memory), cells=Q)[0].flatten(0, 2).float(), target.flatten(), ignore_index=PAD)
+    logits, _ = model(ids, pos, model.remember(*memory), cells=Q)
+    return F.cross_entropy(logits.flatten(0, 2).float(), target.flatten(), ignore_index=PAD)
 
 def train(args, quotes, file, device, kind=Bouncer):
     """Small mazes, then the asked sizes, going on from file if it is there. Under torchrun each process plays mazes of its own and

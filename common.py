@@ -194,10 +194,13 @@ def fetch_hub(name, wanted, rank=0, instead=""):
         import requests
         token = "".join(os.environ.get("HF_TOKEN", "").split())     # a line break in it, and requests would quote it in its complaint
         headers = {"Authorization": f"Bearer {token}"} if token else {}
-        with reading(f"{hub}'s list of files (a gated model needs HF_TOKEN) of {name}{instead}"):
+        try:
             answer = requests.get(f"{hub}/api/models/{name}/tree/main", headers=headers, timeout=30)
             answer.raise_for_status()
             files = {f["path"]: (f["size"], f.get("lfs", {}).get("oid")) for f in answer.json() if f["type"] == "file"}
+        except Exception as e:              # of requests, of JSON, of dicts
+            why = re.split(" (?:for|with) url", str(e))[0][:100] or type(e).__name__
+            sorry(f"{hub} gives no list of the files of {name} ({why}); a gated model needs HF_TOKEN{instead}")
         kinds = [w for w in wanted if any(re.fullmatch(w, f) for f in files)]
         if not kinds:
             sorry(f"{hub}/{name} holds no weights in a format that is read here{instead}")

@@ -515,7 +515,8 @@ def evaluate(model, targets, args, device):
     n, K, H, rng = len(targets), args.context, args.max_steps, np.random.default_rng(10_000 + args.seed)
     sim, schedule = Cheetahs(n), dict(args.target_schedule)
     obs, targets = sim.reset(rng, args.start_noise), np.array(targets, float)
-    owed, asked, earned, fell, diary = targets.copy(), targets.copy(), np.zeros(n), np.zeros(n, bool), []
+    owed, asked = targets.copy(), targets.copy()                # what is still to be earned; what was to be, in all
+    earned, fell, diary = np.zeros(n), np.zeros(n, bool), []
     r, s, a = (torch.zeros(n, K, *shape, device=device) for shape in ((), (S_DIM,), (A_DIM,)))
     t, valid = torch.zeros(n, K, dtype=torch.long, device=device), torch.zeros(n, K, dtype=torch.bool, device=device)
     for step in range(H):
@@ -527,8 +528,9 @@ def evaluate(model, targets, args, device):
             sim.state[:, 10:13] += args.push * rng.standard_normal((n, 3))
         for x in (r, s, a, t, valid):                           # the window moves on by a step
             x[:, :-1] = x[:, 1:].clone()
-        r[:, -1] = torch.from_numpy(np.minimum(reward_rate(owed, H - step), model.most.item()) if model.condition == "rate" else owed)
-        s[:, -1], t[:, -1], valid[:, -1] = torch.from_numpy(obs), int(clock(step, model.condition)), True
+        told = np.minimum(reward_rate(owed, H - step), model.most.item()) if model.condition == "rate" else owed
+        r[:, -1], s[:, -1] = torch.from_numpy(told), torch.from_numpy(obs)
+        t[:, -1], valid[:, -1] = int(clock(step, model.condition)), True
         a[:, -1] = model(r, s, a, t, valid, last=True)[:, 0]
         obs, reward = sim.step(a[:, -1].cpu().double().numpy())
         earned, owed, fell = earned + reward, owed - reward, fell | (np.abs(obs[:, 1]) > 1.2)

@@ -323,7 +323,8 @@ def evaluate(trunk, adapter, targets, args, device):
         for x in (r, s, a, t, valid):                           # the window moves on by a step
             x[:, :-1] = x[:, 1:].clone()
         told = np.minimum(reward_rate(owed, H - step), adapter.most.item()) if args.condition == "rate" else owed
-        r[:, -1], s[:, -1], t[:, -1], valid[:, -1] = torch.from_numpy(told), torch.from_numpy(obs), step, True
+        r[:, -1], s[:, -1] = torch.from_numpy(told), torch.from_numpy(obs)
+        t[:, -1], valid[:, -1] = step, True
         a[:, -1] = adapter(trunk, r, s, a, t, valid, last=True)[:, 0]
         obs, reward = sim.step(a[:, -1].cpu().double().numpy())
         earned, owed, fell = earned + reward, owed - reward, fell | (np.abs(obs[:, 1]) > 1.2)
@@ -332,10 +333,8 @@ def evaluate(trunk, adapter, targets, args, device):
 
 def figure(rows, path):
     """rows: (policy, asked (n,), mean (n,), std (n,)) -> a PNG: for each target a group of bars, and a line where they should end."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    fig, ax = plt.subplots(figsize=(8, 4.5), dpi=120)
+    from matplotlib.figure import Figure            # not pyplot, which looks for a display
+    ax = Figure(figsize=(8, 4.5), dpi=120).subplots()
     x, width, asked = np.arange(len(rows[0][1])), 0.8 / len(rows), rows[0][1]
     for i, (name, _, mean, std) in enumerate(rows):
         ax.bar(x - 0.4 + (i + 0.5) * width, mean, width, yerr=std, capsize=2, label=name)
@@ -344,7 +343,7 @@ def figure(rows, path):
     ax.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncol=3)
     ax.spines[["top", "right"]].set_visible(False)
     with common.whole_file(path) as part:
-        fig.savefig(part, bbox_inches="tight")
+        ax.figure.savefig(part, bbox_inches="tight")
     return path
 
 # ---- the comparison: every policy in a process of its own, as its own command runs it ---------------------------------------

@@ -546,8 +546,9 @@ def load_model(folder, dtype="auto", four_bit=False, double=True, device="cpu"):
             max_error, sum_error, seen = max(max_error, error.max().item()), sum_error + error.sum().item(), seen + n
         owner.q, owner.weight = q, None if q else nn.Parameter(x.tensor().to(device, dtype, copy=True), False)
     bits = 8 * sum(m.q.nbytes() if m.q else m.weight.nbytes for m in inner.values()) / sum(math.prod(m.shape) for m in inner.values())
-    error = f"; NF4's error in the first million weights of each matrix: at most {max_error:.4g}, {sum_error / seen:.4g} on average" if seen else ""
-    print(f"loaded {folder} in {time.time() - tic:.1f} s: {bits:.3f} bits per linear weight{error}")
+    print(f"loaded {folder} in {time.time() - tic:.1f} s: {bits:.3f} bits per linear weight")
+    if seen:
+        print(f"NF4's error in the first million weights of each matrix: at most {max_error:.4g}, {sum_error / seen:.4g} on average")
     return model.eval()
 
 def save_adapter(model, folder, args, base):
@@ -776,10 +777,9 @@ def main():
         cut = sum(ids[-1:] != tok.eos[:1] for seq in packed for ids, _ in seq)          # these have lost their EOS
         print(f"data: {sum(map(len, packed))} of {len(taught)} examples, {cut} of them cut short, in {len(packed)} sequences of up to "
               f"{args.block_size} tokens; {len(held)} held out")
-        shown = held or taught[:2]
-        metrics["loss_before"], before = evaluate(model, held_packed, args), complete(model, shown[:2], tok, args)
+        metrics["loss_before"], before = evaluate(model, held_packed, args), complete(model, (held or taught)[:2], tok, args)
         metrics["train_loss"] = train(model, packed, args.epochs, args.lr, args.batch_size, out / "train.pt", args, "tune")
-        metrics["loss_after"], after = evaluate(model, held_packed, args), complete(model, shown, tok, args)
+        metrics["loss_after"], after = evaluate(model, held_packed, args), complete(model, held or taught[:2], tok, args)
         metrics["exact"] = sum(row["completion"].strip() == row["answer"].strip() for row in after) / len(after)
         metrics["stopped"] = sum(row["stopped"] for row in after) / len(after)
         for was, now in zip(before, after):

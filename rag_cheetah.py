@@ -89,7 +89,7 @@ class Store:
         key[:, :, -1] = -1e30                                   # padding: infinitely far away
         key[e, t, :-1] = self.key(obs, rate)
         key[e, t, -1] = -0.5 * np.square(key[e, t, :-1]).sum(1)
-        self.table = torch.from_numpy(key.reshape(E * L, -1)).T.contiguous()        # (19, E L)
+        self.table = torch.from_numpy(np.ascontiguousarray(key.reshape(E * L, -1).T))       # (19, E L); numpy's, for it asks for large pages
 
     def key(self, obs, rate):
         return np.concatenate([(obs - self.mean) / self.std, self.weight * np.reshape(rate, (-1, 1))], 1, dtype=np.float32)
@@ -101,9 +101,13 @@ class Store:
         comes; the nearest k of them are looked through once more for the step, as a maximum is found twice as fast as its place.
         In pieces, for a piece's products to stay in the cache."""
         q = torch.from_numpy(np.concatenate([self.key(obs, rate), np.ones((len(obs), 1), np.float32)], 1))             # (n, 19)
-        n, L, piece = len(q), self.L, max(1, 2**17 // (self.L * len(q)))        # piece: so many episodes at a time
-        near = [(q @ self.table[:, e * L:(e + piece) * L]).view(n, -1, L).amax(2) for e in range(0, self.E, piece)]    # (n, piece) each
-        episodes = torch.cat(near, 1).topk(min(k, self.E), 1).indices                                                  # (n, k)
+        n, L, piece = len(q), self.L, max(1, 2**20 // (self.L * len(q)))        # piece: so many episodes at a time
+        near, products = torch.empty(n, self.E), torch.empty(n * piece * L)     # one buffer for all: memory that is fresh is slow
+        for e in range(0, self.E, piece):
+            part = self.table[:, e * L:(e + piece) * L]
+            scores = torch.mm(q, part, out=products[:n * part.size(1)].view(n, -1))                                     # (n, piece L)
+            near[:, e:e + piece] = scores.view(n, -1, L).amax(2)
+        episodes = near.topk(min(k, self.E), 1).indices                                                                # (n, k)
         table, steps = self.table.view(-1, self.E, L), torch.empty_like(episodes)
         for i in range(n):
             steps[i] = (q[i] @ table[:, episodes[i]].flatten(1)).view(-1, L).argmax(1)                  # (19) @ (19, k L) -> (k, L) -> (k)

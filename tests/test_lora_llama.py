@@ -683,7 +683,7 @@ def test_torchrun_gives_the_same_losses(alone):
 
 
 @pytest.mark.parametrize("flags,word", [(["--frobnicate", "1"], "frobnicate"), (["--epochs", "many"], "epochs"), (["--model", "no/such folder"], "no such folder"),
-                                        (["--model", "meta-llama/none"], "meta-llama/none cannot be read"), (["--data", "missing.jsonl", "--smoke"], "missing.jsonl"),
+                                        (["--model", "meta-llama/none"], "of the files of meta-llama/none"), (["--data", "missing.jsonl", "--smoke"], "missing.jsonl"),
                                         (["--adapter", "out", "--smoke"], "adapter_config"), (["--lora_dropout", "1.5"], "--lora_dropout"), (["--lora_r", "0"], "not between"),
                                         (["--length_penalty", "inf"], "--length_penalty"), (["--seed", "-1"], "--seed"), (["--top_p", "0"], "--top_p"), (["--epochs", "nan"], "--epochs"),
                                         (["--block_size", "3", "--smoke"], "--block_size")])

@@ -23,7 +23,6 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 OUT, SAVE_EVERY = pathlib.Path("out"), 100
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")                  # large tensors in large pages of their own, given back when they are freed
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")      # one kernel per shape, and each batch brings new ones: 1,024 take gigabytes
 GLYPHS = " |-+"                                     # a cell's flags: 1 a vertical wall, 2 a horizontal one, 3 a crossing
 DIRECTIONS = dict(NE=(-1, 1), NW=(-1, -1), SE=(1, 1), SW=(1, -1))           # (row, column); rows count downwards

@@ -408,11 +408,12 @@ def test_a_users_mistake_is_one_sentence(monkeypatch, tmp_path, capsys):
             assert "--model random:pythia-410m" in err
 
 
-def test_other_data_or_weights_under_the_same_name_are_another_adapter(tmp_path):
+@pytest.mark.parametrize("name", ["e.hdf5", "my_cheetah_ladder.hdf5"])              # not the ladder that ships, though it is called so
+def test_other_data_or_weights_under_the_same_name_are_another_adapter(name, tmp_path):
     (tmp_path / "m").mkdir()
-    args, names = pa.get_args(["--dataset", str(tmp_path / "e.hdf5"), "--model", str(tmp_path / "m")]), set()
+    args, names = pa.get_args(["--dataset", str(tmp_path / name), "--model", str(tmp_path / "m")]), set()
     for data, weights in ((b"a", b"x"), (b"a", b"x"), (b"b", b"x"), (b"b", b"xy")):
-        (tmp_path / "e.hdf5").write_bytes(data)
+        (tmp_path / name).write_bytes(data)
         if not (file := tmp_path / "m/model.safetensors").exists() or file.read_bytes() != weights:
             file.write_bytes(weights)
         names.add(pa.checkpoint(args).name)

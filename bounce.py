@@ -203,16 +203,20 @@ def export(args, quotes):
 
 def score(path):
     """JSON lines {"prompt", "completion"} of any model -> counts and rates; what cannot be compared is counted by what is wrong."""
-    rows = common.read_jsonl(path, ("prompt", "completion"))
+    with common.reading(path):
+        lines = [x for x in pathlib.Path(path).read_text(encoding="utf-8").split("\n") if x.strip()]
+    if not lines:
+        sorry(f"{path} has no completions")
     rates, wrong = collections.defaultdict(list), collections.Counter()
-    for row in rows:
-        m = re.search(r"direction:\n(.*?)\n\n### Reference text:\n(.*?)\n\n### Playing field:\n```\n(.*?)\n```", row["prompt"], re.S)
+    for line in lines:
         try:
+            row = json.loads(line)
+            m = re.search(r"direction:\n(.*?)\n\n### Reference text:\n(.*?)\n\n### Playing field:\n```\n(.*?)\n```", row["prompt"], re.S)
             g = one_game(m[3].split("\n"), m[1], m[2])
-        except (TypeError, ValueError):                                 # nothing was found (m is None); it is no game
-            wrong["no prompt of --export's form"] += 1
+            fence = re.search(r"```[^\n]*\n(.*?)\n?(```|$)", row["completion"], re.S)            # the last fence may have been cut off
+        except (ValueError, TypeError, KeyError, RecursionError):       # of JSON; of a regex that finds nothing; of one_game
+            wrong["no JSON with a prompt of --export's form and a completion"] += 1
             continue
-        fence = re.search(r"```[^\n]*\n(.*?)\n?(```|$)", row["completion"], re.S)                # the last fence may have been cut off
         field, R, C, text = g["fields"][0], g["R"][0, 0], g["C"][0, 0], g["texts"][0]
         want, got = SIGN[drawn(field, R, C, text)], fence[1].split("\n") if fence else []
         if [len(x) for x in got] != [len(x) for x in want]:
@@ -226,7 +230,7 @@ def score(path):
         if want[R[1], C[1]] == text[1:2] != " ":    # where the second letter stands, if it can still be seen, tells the direction
             rates["direction"].append(same[R[1], C[1]])
     exact = rates.pop("exact_grid", [])             # of all completions; the other rates are of those that could be compared
-    return dict(completions=len(rows), compared=len(exact), wrong=dict(wrong), exact_grid=sum(exact) / len(rows),
+    return dict(completions=len(lines), compared=len(exact), wrong=dict(wrong), exact_grid=sum(exact) / len(lines),
                 **{name: round(float(np.mean(x)), 4) for name, x in rates.items()})
 
 # ---- the idea: a token stands where the pen is -------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 What scripts would repeat, and what no one reads for its idea. Copy it beside any script and the script runs.
     1 errors in one sentence, flags         all         5 HalfCheetah in batches, its episodes    the cheetah's three
     2 files that are never half-written     all         6 texts of any encoding                   bounce
-    3 sampling, beam search                 ppo, lora   7 safetensors, JSON                       pythia, lora, bounce
+    3 sampling, beam search                 ppo, lora   7 safetensors, JSON                       pythia, lora
     4 a renderer without OpenGL, mp4        cheetahs    8 a server that answers, what was paid    rag, selfinstruct
 """
 import argparse, collections, contextlib, csv, glob, hashlib, io, json, math, os, pathlib, platform, re, sys, threading, time, unicodedata

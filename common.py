@@ -452,9 +452,10 @@ def read_episodes(path):
         x = node[name]
         if x.size * x.dtype.itemsize > 1000 * path.stat().st_size:      # a flipped bit in a shape would ask for terabytes
             raise ValueError(f"{name} claims {x.size} numbers")
-        x = np.asarray(x[()], np.float32).reshape(len(x), *shape)       # D4RL's rewards may be a column; of another width: ValueError
-        if not np.isfinite(x).all():
-            raise ValueError(f"{name} holds numbers that are not finite")
+        x = np.asarray(x[()], np.float32)
+        x = x[:, 0] if shape == () and x.shape[1:] == (1,) else x       # D4RL's rewards may be a column
+        if x.ndim == 0 or x.shape[1:] != shape or not np.isfinite(x).all():
+            raise ValueError(f"{name} {x.shape} is not of shape (steps, {', '.join(map(str, shape))}) or not finite")
         return x
 
     with reading(f"{path}, which should be a HalfCheetah data set,"), h5py.File(path, "r") as f:

@@ -286,12 +286,15 @@ def test_first_last_step_does_not_pass_last():
 
 def test_the_figure_shows_negative_targets_and_joins_means_by_target(tmp_path, monkeypatch):
     import matplotlib.axes
-    drawn = []
+    drawn, limits = [], []
+    monkeypatch.setattr(matplotlib.axes.Axes, "legend", lambda self, **kw: limits.append((self.get_xlim(), [x.get_slope() for x in self.lines if hasattr(x, "get_slope")])))
     monkeypatch.setattr(matplotlib.axes.Axes, "plot", lambda self, x, y, *a, _plot=matplotlib.axes.Axes.plot, **kw:
                         (drawn.append((np.array(x), np.array(y))), _plot(self, x, y, *a, **kw))[1])
     asked = np.array([[300.0, 310.0], [-200.0, -200.0]])             # under a schedule each episode ends up owing something else
     dt.figure([("it", asked, asked + [[2.0, 4.0]])], tmp_path / "f.png")
     (x, y), (dots, _) = drawn
+    ((low, high), slopes), = limits
+    assert low < -200 and high > 310 and slopes == [1]                  # the diagonal is a line without ends
     assert x.tolist() == [-200, 305] and y.tolist() == [-197, 308] and len(dots) == 4
 
 
@@ -450,6 +453,8 @@ BROKEN = {
     "truncated": lambda p: p.write_bytes(p.read_bytes()[:-p.stat().st_size // 3]),
     "no rewards": lambda p: spoil(p, "episode_1/rewards", None),
     "wrong width": lambda p: spoil(p, "episode_1/observations", np.zeros((31, 18))),
+    "an axis more": lambda p: spoil(p, "episode_1/actions", np.zeros((30, 2, 3))),
+    "a single number": lambda p: spoil(p, "episode_1/rewards", 3.0),
     "lengths differ": lambda p: spoil(p, "episode_1/actions", np.zeros((29, 6))),
     "nan": lambda p: spoil(p, "episode_1/rewards", np.full(30, np.nan)),
     "text for numbers": lambda p: spoil(p, "episode_1/rewards", "none today"),

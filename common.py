@@ -111,7 +111,8 @@ def reading(what):
     try:
         yield
     except Exception as e:              # zip, HDF5, JSON, dicts, tensors, requests: each has errors of its own
-        why = f"it lacks {e}" if isinstance(e, KeyError) else str(e) or type(e).__name__
+        cut = isinstance(e, StopIteration) or isinstance(e.__cause__, StopIteration)        # what reads byte by byte ran out of bytes
+        why = "it is cut short" if cut else f"it lacks {e}" if isinstance(e, KeyError) else str(e) or type(e).__name__
         sorry(f"{what} cannot be read ({why[:200]})")
 
 def save_checkpoint(path, state):
@@ -520,9 +521,10 @@ def read_texts(path):
         rows = [next((x[k] for k in ("quote", "text", "Quote", "q", "body") if k in x), "") if isinstance(x, dict) else x for x in rows]
     plain = str.maketrans("\u2018\u2019\u201c\u201d\u2013\u2014\u2026", "''\"\"--.")
     texts = [unicodedata.normalize("NFKD", x.translate(plain)).encode("ascii", "ignore").decode() for x in rows if isinstance(x, str)]
-    texts = [x for x in (re.sub("[^!-~]+", " ", x).strip() for x in texts) if 2 <= len(x) <= 120]
-    kept = {x.casefold(): x for x in reversed(texts)}               # of duplicates the first one stays
-    print(f"{len(kept)} texts from {path}; dropped: {len(rows) - len(texts)} empty or over 120 letters, {len(texts) - len(kept)} duplicates")
+    texts = [re.sub("[^!-~]+", " ", x).strip() for x in texts]
+    fit, long = [x for x in texts if 2 <= len(x) <= 120], sum(len(x) > 120 for x in texts)
+    kept = {x.casefold(): x for x in reversed(fit)}                 # of duplicates the first one stays
+    print(f"{len(kept)} texts from {path}; dropped: {len(rows) - len(fit) - long} empty, {long} longer than 120, {len(fit) - len(kept)} duplicates")
     if len(kept) < 10:
         sorry(f"{path} has {len(kept)} texts that can be used; at least 10 are needed")
     return sorted(kept.values(), key=lambda x: (len(x), x))

@@ -529,7 +529,7 @@ def load_model(folder, dtype="auto", four_bit=False, double=True, device="cpu"):
     n_layer = len({n.split(".")[2] for n in found if n.startswith("model.layers.")})       # before a billion of them are made
     cfg.n_layer == n_layer or sorry(f"{folder} holds {n_layer} layers, its config.json says {cfg.n_layer}")
     with reading(folder), torch.device("meta"):                             # the structure alone, no memory yet
-        model, stored = Llama(cfg), found["model.norm.weight"].dtype
+        model, stored = Llama(cfg), found["model.embed_tokens.weight"].dtype
     dtype = FLOATS[dtype if dtype != "auto" else "float32" if stored == torch.float32 else "bfloat16"]
     inner, max_error, sum_error, seen = linears(model), 0.0, 0.0, 0
     for name, p in tqdm(list(model.named_parameters()), desc="load", unit="tensor", disable=True if RANK else None):

@@ -12,7 +12,7 @@ Llama 2 (2307.09288, section 3). Differs from them in:
 3. rejection sampling trains on the best 64 winners of all rounds and, but for rlhf, samples with noise; rlhf's judge is a program
 Not handled: prompts longer than --prompt_len tokens (their end is kept); rewards that look at the prompt, but for the learned one.
 """
-import collections, copy, functools, hashlib, itertools, json, math, pathlib, re, time
+import collections, copy, functools, hashlib, itertools, json, math, os, pathlib, re, time
 
 import common                       # before torch: it says how torch's threads wait
 from common import sorry
@@ -546,6 +546,8 @@ def rlhf(policy, corpus, args, file):
 # ---- main ----------------------------------------------------------------------------------------------------------------------
 def main():
     args, began = get_args(), time.time()
+    if "OMP_NUM_THREADS" not in os.environ:         # two threads add in another order, and a run of RL then ends elsewhere: with one it ends
+        torch.set_num_threads(1)                    # as the README says, however many cores there are; a second one saves little
     corpus = Corpus(args)
     tok, P = corpus.tok, args.prompt_len
     print(f"device {args.device}, {torch.get_num_threads()} threads, float32; {len(corpus.train)} lines, "

@@ -7,8 +7,10 @@ Measured: one core of an AMD EPYC, others' work beside it, torch 2.13; seeds 0-4
 distinct samples. Of {PPO, GRPO, RLOO, rejection sampling} x 4 rewards x 5 seeds, 80 of 80 runs reach 0.9.
 Papers: PPO (Schulman et al. 2017, arXiv 1707.06347), GAE (1506.02438), GRPO (2402.03300), Dr. GRPO (2503.20783), RLOO (2402.14740),
 Llama 2 (2307.09288, section 3). Differs from them in:
-1. KL to the frozen start is a loss (k3, as GRPO's) or, with --kl_in reward, part of the reward; rejection sampling has no KL term
-2. no mini-batches: each gradient step sees all completions of its round; RLOO takes PPO's clipped ratio, token by token
+1. KL to the frozen start is a loss (k3, as GRPO's) or, with --kl_in reward, part of the reward, and is let go in the last third of the
+   rounds; rejection sampling has no KL term
+2. no mini-batches: each gradient step sees all completions of its round; RLOO takes PPO's clipped ratio, token by token; PPO's
+   advantages are not whitened
 3. rejection sampling trains on the best 64 winners of all rounds and, but for rlhf, samples with noise; rlhf's judge is a program
 Not handled: prompts longer than --prompt_len tokens (their end is kept); rewards that look at the prompt, but for the learned one.
 """
@@ -53,7 +55,7 @@ def get_args(argv=None):
     p.flag("batch_size", 64, "lines per step")
     p.flag("lr", 3e-3, "AdamW's peak learning rate in pretraining; a cosine goes down to a tenth of it")
     # reinforcement learning
-    p.flag("iterations", 100, "rounds of sampling and updating (300 for rejection sampling); rlhf shares them out among its five versions")
+    p.flag("iterations", 150, "rounds of sampling and updating (300 for rejection sampling; rlhf shares out 100 among its five versions)")
     p.flag("prompts", 16, "prompts per round")
     p.flag("group", 8, "completions per prompt: G of GRPO and RLOO, K of rejection sampling", low=2)
     p.flag("epochs", 2, "gradient steps on each round's completions")
@@ -61,10 +63,11 @@ def get_args(argv=None):
     p.flag("clip", 0.2, "how far the ratio may go from 1, and a value from its old one, in one round")
     p.flag("gamma", 1.0, "discount; 1: texts are short, and what counts is their whole score", high=1)
     p.flag("lam", 0.95, "GAE's lambda: 1 trusts the returns, 0 the critic; below 1 a critic that knows nothing favours early ends (rlhf: 1)", high=1)
-    p.flag("kl", 0.002, "weight of the KL divergence to the frozen start: higher keeps the text nearer to what it was")
+    p.flag("kl", 0.002, "weight of the KL divergence to the frozen start (0.02 for GRPO): higher keeps the text nearer to it, and varied")
+    p.flag("kl_end", 0.0, "its weight at the last round (0.002 for rlhf): it holds for two thirds of the rounds, then goes there")
     p.flag("kl_in", "loss", "GRPO's way, steady before any reward is found, or Llama 2's, which keeps nearer", choices=["loss", "reward"])
     p.flag("entropy", 0.0, "weight of the entropy bonus")
-    p.flag("normalize", "advantages", "PPO: whiten advantages, the batch's rewards, or nothing", choices="advantages rewards none".split())
+    p.flag("normalize", "none", "PPO: whiten advantages, the batch's rewards, or nothing", choices="none advantages rewards".split())
     p.flag("reward_scale", 1.0, "multiplies what the learner sees (not what is reported)")
     p.flag("temperature", 1.0, "of sampling, at the first round", low=1e-3)
     p.flag("temperature_end", 1.0, "at the last round; linear between", low=1e-3)
@@ -77,8 +80,9 @@ def get_args(argv=None):
     p.flag("smoke", False, "the same path with tiny numbers, under a minute")
     # rejection sampling learns from winners alone: noise costs it nothing, and without, it samples the same few texts again and again;
     # rlhf's critic begins at 0, and with lambda below 1 what ends soon then looks good; with larger steps its samples lose their variety,
-    # and with fewer pairs the reward model is a poor judge
-    own = dict(rejection=dict(iterations=300, epsilon=0.1), rlhf=dict(rl_lr=5e-4, lam=1.0, pairs=4096, reward="model"))
+    # and with fewer pairs the reward model is a poor judge; GRPO divides rewards by their spread, so it takes more KL to hold against them
+    own = dict(rejection=dict(iterations=300, epsilon=0.1), grpo=dict(kl=0.02),
+               rlhf=dict(iterations=100, rl_lr=5e-4, lam=1.0, normalize="advantages", kl_end=0.002, pairs=4096, reward="model"))
     p.set_defaults(**own.get(p.parse_args(argv).algo, {}))      # defaults still: what was said stays
     args = p.parse_args(argv, smoke=dict(steps=20, batch_size=16, n_embd=32, iterations=4, prompts=4, group=4, pairs=64, beam=2))
     if args.n_embd % (2 * args.n_head):
@@ -331,6 +335,11 @@ def kl_k3(logp, ref):
     KL(p || ref). As a loss its gradient is that of KL(ref || p): it pulls the same way, a little more evenly."""
     return (ref - logp).exp() - 1 - (ref - logp)
 
+def kl_weight(args, done):
+    """--kl for two thirds of the rounds, then on a line to --kl_end; done: 0 at the first round, 1 at the last. A policy that is pulled
+    back keeps its variety and so finds what is three changes away (from "b c b c" to the better "b cb c"); then it is let go."""
+    return args.kl + (args.kl_end - args.kl) * max(0.0, 3 * done - 2)
+
 def average(x, mask, algo):
     """Per token -> one number. ppo: mean over all tokens; grpo: each completion's mean first (long ones count no more than
     short ones); dr_grpo, rloo: sums over a constant, which makes no token's weight depend on how long its text became."""
@@ -384,7 +393,6 @@ def improve(name, algo, policy, start, reward, lines, args, file, tails=False, p
     """Sample completions, score them, move the policy, round by round, from file on if it is there. -> seconds, rejection sampling's pool
     {ids: score}, and curve, [(round, reward, KL, distinct, worst |ratio - 1| before the first inner step, beam's reward or nan)]."""
     R, G, B = args.max_new, args.group, args.prompts * args.group
-    kl_in_loss, kl_in_reward = (args.kl, 0.0) if args.kl_in == "loss" else (0.0, args.kl)
     critic = policy if args.value == "shared" else copy.deepcopy(start).requires_grad_(True)
     optimizer = adamw([*policy.parameters(), *(critic.parameters() if critic is not policy else ())], lr=args.rl_lr)
     parts = dict(policy=policy, critic=critic, optimizer=optimizer)
@@ -395,6 +403,8 @@ def improve(name, algo, policy, start, reward, lines, args, file, tails=False, p
         torch.manual_seed(1_000_003 * args.seed + 10_000 * v + step)
         rng, done, error = np.random.default_rng((args.seed, 1, step, v)), step / max(1, args.iterations - 1), 0.0
         heat = [a + (b - a) * done for a, b in ((args.temperature, args.temperature_end), (args.epsilon, args.epsilon_end))]
+        weight = kl_weight(args, done)
+        kl_in_loss, kl_in_reward = (weight, 0.0) if args.kl_in == "loss" else (0.0, weight)
         prompts, left, _ = draw_prompts(lines, args.prompts, G, args, rng, tails)
         ids, old, mask = rollout(policy, prompts, left, R, *heat)
         prefix = reward(ids, left, mask)                            # (B, R)

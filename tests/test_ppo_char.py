@@ -435,7 +435,7 @@ def test_every_algorithm_climbs(small, tmp_path, algo):
 def test_the_kl_weight_keeps_the_policy_near(small, tmp_path, flags):
     kl = []
     for weight in ("0", "1"):
-        args = small("--reward", "white_less", "--iterations", "15", "--rl_lr", "0.003", "--kl", weight, *flags)
+        args = small("--reward", "white_less", "--iterations", "15", "--rl_lr", "0.003", "--kl", weight, "--kl_end", weight, *flags)
         corpus = pc.Corpus(args)
         torch.manual_seed(0)
         model = pc.Transformer(len(corpus.tok.tokens), 12, args)
@@ -445,9 +445,30 @@ def test_the_kl_weight_keeps_the_policy_near(small, tmp_path, flags):
     assert kl[1] < kl[0] / 2
 
 
+def test_the_kl_weight_holds_and_then_lets_go():
+    weight = lambda done, *flags: pc.kl_weight(pc.get_args(["--kl", "0.3", *flags]), done)
+    assert [weight(d) for d in (0.0, 0.5, 2 / 3, 5 / 6, 1.0)] == pytest.approx([0.3, 0.3, 0.3, 0.15, 0.0])
+    assert [weight(d, "--kl_end", "0.3") for d in (0.0, 0.9, 1.0)] == pytest.approx([0.3] * 3) and weight(1.0, "--kl_end", "0.5") == pytest.approx(0.5)
+    get = lambda *flags: (lambda a: (a.kl, a.kl_end, a.normalize))(pc.get_args([*flags]))
+    assert get() == get("--algo", "rloo") == (0.002, 0.0, "none") and get("--algo", "grpo") == (0.02, 0.0, "none")
+    assert get("--algo", "rlhf") == (0.002, 0.002, "advantages") and get("--algo", "grpo", "--kl", "0.1") == (0.1, 0.0, "none")
+
+
+@pytest.mark.parametrize("algo", ["ppo", "rloo"])
+def test_the_update_takes_the_kl_weight_of_its_round(algo, small, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(pc, "kl_weight", lambda args, done: asked.append(done) or (0.0 if len(asked) < 3 else math.inf))
+    args = small("--algo", algo, "--iterations", "3")
+    corpus = pc.Corpus(args)
+    model = a_model(args, len(corpus.tok.tokens))
+    with pytest.raises(SystemExit):                 # an infinite weight: no finite loss in the third round, and only there
+        pc.improve("t", algo, model, copy.deepcopy(model).requires_grad_(False), pc.Rule(args, corpus.tok), corpus.train, args, tmp_path / "x.pt")
+    assert asked == [0.0, 0.5, 1.0]
+
+
 def test_rejection_samples_with_noise_and_takes_longer_unless_told_otherwise():
     get = lambda *flags: (lambda a: (a.iterations, a.epsilon))(pc.get_args([*flags]))
-    assert get("--algo", "rejection") == get("--algo=rejection") == (300, 0.1) and get() == get("--algo", "grpo") == (100, 0.0)
+    assert get("--algo", "rejection") == get("--algo=rejection") == (300, 0.1) and get() == get("--algo", "grpo") == (150, 0.0)
     assert get("--algo", "rejection", "--iterations", "7", "--epsilon", "0") == (7, 0.0) and get("--algo", "rejection", "--smoke")[0] == 4
 
 

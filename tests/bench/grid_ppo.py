@@ -20,12 +20,14 @@ import ppo_char as pc
 DONE = pathlib.Path("out/grid_ppo.jsonl")
 CLAIMS = {"default (PPO, pattern)": "", "positions sinusoidal": "--pos sinusoidal", "positions rotary": "--pos rotary", "2 tokens at a time": "--n_predict 2",
           "3 tokens at a time": "--n_predict 3", "critic of its own": "--value separate", "reward x 10": "--reward_scale 10",
-          "reward x 100": "--reward_scale 100", "reward x 100, nothing normalised": "--reward_scale 100 --normalize none",
-          "nothing normalised": "--normalize none", "rewards normalised over the array": "--normalize rewards", "reward per step": "--per_step",
+          "reward x 100": "--reward_scale 100", "advantages whitened": "--normalize advantages",
+          "advantages whitened, KL 0.02": "--normalize advantages --kl 0.02", "rewards normalised over the array": "--normalize rewards",
+          "KL 0.002 to the end": "--kl_end 0.002", "no KL": "--kl 0", "reward per step": "--per_step",
           "temperature 1.5 to 1": "--temperature 1.5", "epsilon 0.2 to 0": "--epsilon 0.2", "clip 0.05": "--clip 0.05", "clip 0.5": "--clip 0.5",
           "lambda 1, gamma 0.99": "--lam 1 --gamma 0.99", "Dr. GRPO": "--algo dr_grpo"}
 
-RLHF = ["", "--kl 0.01", "--pairs 1024 --kl 0.05 --lam 0.95", *(f"--pairs 1024 --kl {kl}" for kl in ("0.2", "0.05", "0.01", "0.002")),
+RLHF = ["", *(f"{flags} --kl_end {flags.split()[-1]}" for flags in ("--kl 0.01", "--pairs 1024 --lam 0.95 --kl 0.05",
+                                                                    *(f"--pairs 1024 --kl {kl}" for kl in ("0.2", "0.05", "0.01", "0.002")))),
         "--pairs 1024 --rl_lr 2e-3"]            # the default, and what the README tells of it (but for --pairs 16384, five minutes a seed)
 
 
@@ -90,7 +92,7 @@ def main():
             cells = [[r[v][c] for r in runs] for c in names]
             print(f"| {v} | " + " | ".join(f"{np.mean(x):.3f} ({min(x):.3f} to {max(x):.3f})" for x in cells) + " |", flush=True)
     if args.part in ("all", "kl"):
-        table({f"length, --kl_in {w} --kl {k}": f"--reward length --kl_in {w} --kl {k}" for w in ("loss", "reward") for k in ("0", "0.002", "0.01", "0.03", "0.1")},
+        table({f"length, --kl_in {w} --kl {k}": f"--reward length --kl_in {w} --kl {k} --kl_end {k}" for w in ("loss", "reward") for k in ("0", "0.002", "0.01", "0.03", "0.1")},
               1, columns)
     if args.part in ("all", "readable"):
         for P in (8, 1):
@@ -98,7 +100,7 @@ def main():
             for label, corpus in (("", ""), ("quotes alone, ", f"--corpus {pc.DATA}/quotes.txt --max_new 40 "))[:1 if P > 1 else 2]:
                 print()
                 table({f"{label}{flags or 'default'}": f"{corpus}--reward length --prompt_len {P} {flags}"
-                       for flags in ("", "--kl_in reward --kl 0.03 --rl_lr 5e-4")}, min(args.seeds, 3), columns)
+                       for flags in ("", "--kl_in reward --kl 0.03 --kl_end 0.03 --rl_lr 5e-4")}, min(args.seeds, 3), columns)
 
 
 if __name__ == "__main__":

@@ -43,9 +43,8 @@ class Flags(argparse.ArgumentParser):
             self.set_defaults(**smoke)
         args = super().parse_args(argv)
         for name, (low, high) in self.ranges.items():
-            value = getattr(args, name)             # a number, a list of them, or None: not given
-            for x in [] if value is None else np.ravel(value):
-                if not low <= x <= high:            # in this form nan fails, too
+            for x in np.ravel(getattr(args, name)):             # a number, a list of them, or None: not given
+                if x is not None and not low <= x <= high:      # in this form nan fails, too
                     self.error(f"argument --{name}: {x:g} is not between {low:g} and {high:g}")
         return args
 
@@ -87,10 +86,10 @@ def whole_file(path):
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.stem}.unfinished-{os.getpid()}{path.suffix}")         # the suffix stays: writers go by it
-    for old in path.parent.glob(f"{glob.escape(path.stem)}.unfinished-*{path.suffix}"):
+    others = path.parent.glob(f"{glob.escape(path.stem)}.unfinished-*{path.suffix}")
+    for old in others if os.name != "nt" else []:       # there, signal 0 is Ctrl-C; here it only asks: does the writer live?
         try:
-            if os.name != "nt":                         # there, 0 is no question but Ctrl-C
-                os.kill(int(old.stem.rsplit("-", 1)[1]), 0)             # signal 0 only asks: does its writer live?
+            os.kill(int(old.stem.rsplit("-", 1)[1]), 0)
         except ProcessLookupError:
             old.unlink(missing_ok=True)                 # it was killed while it wrote
         except (PermissionError, ValueError, OverflowError):
@@ -123,18 +122,15 @@ def save_checkpoint(path, state):
         except RuntimeError as e:       # torch reports a full disk as a RuntimeError of its zip writer
             raise OSError(None, str(e).splitlines()[0]) from e
 
-def load_checkpoint(path):
-    """The dict that save_checkpoint wrote, on the CPU; tensors and plain values only, never code (weights_only)."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:              # a broken zip, pickle or tensor: torch raises half a dozen types for it
-        sorry(f"{path} is not a checkpoint that can be read ({type(e).__name__}); remove it to start anew")
-
 def resume(path, **parts):
-    """Load a checkpoint into parts (model=, optimizer=), by their names in it -> what else it holds; {} if there is no such file."""
+    """Load a checkpoint into parts (model=, optimizer=), by their names in it -> what else it holds, on the CPU; {} if there is no such
+    file. Tensors and plain values only, never code (weights_only)."""
     if not pathlib.Path(path).exists():
         return {}
-    state = load_checkpoint(path)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:              # a broken zip, pickle or tensor: torch raises half a dozen types for it
+        sorry(f"{path} is not a checkpoint that can be read ({type(e).__name__}); remove it to start anew")
     try:
         for name, part in parts.items():
             part.load_state_dict(state.pop(name))
@@ -284,7 +280,7 @@ class SideView:
     width, height in pixels, both divisible by 16 (video codecs want that); scale in pixels per metre. No OpenGL."""
 
     def __init__(self, width=640, height=352, scale=150.0):
-        self.w, self.h, self.scale, self.glyphs = width, height, scale, {}
+        self.w, self.h, self.scale, self.font = width, height, scale, None
         self.ground = int(height * 0.74)                        # the row where z = 0 stands
         down = np.linspace(0, 1, self.ground, dtype=np.float32)[:, None, None]
         sky = np.float32([126, 172, 214]) * (1 - down) + np.float32([240, 243, 238]) * down
@@ -338,21 +334,12 @@ class SideView:
         box += cover * (np.clip(color * light[..., None] + shine[..., None], 0, 255) - box)
 
     def text(self, img, lines, color=(28, 36, 44)):
-        """Write lines into img (H, W, 3) uint8 from the top left down, and return it; each glyph is drawn once and kept."""
-        for i, line in enumerate(lines):
-            x, y = 14, 10 + 24 * i
-            for ch in line:
-                if ch not in self.glyphs:
-                    from PIL import Image, ImageDraw, ImageFont
-                    font = ImageFont.load_default(size=19)
-                    tile = Image.new("L", (max(1, round(font.getlength(ch))), 26))
-                    ImageDraw.Draw(tile).text((0, 2), ch, font=font, fill=255)
-                    self.glyphs[ch] = np.asarray(tile, np.float32)[..., None] / 255
-                g = self.glyphs[ch]                                                 # (26, w, 1), 0 to 1
-                box = img[y:y + 26, x:x + g.shape[1]]                               # less than g at the picture's edge
-                box[:] = box + g[:box.shape[0], :box.shape[1]] * (np.array(color) - box)
-                x += g.shape[1]
-        return img
+        """Write lines into a picture (H, W, 3) uint8 from the top left down -> the picture."""
+        from PIL import Image, ImageDraw, ImageFont
+        self.font = self.font or ImageFont.load_default(size=19)
+        page = Image.fromarray(img)
+        ImageDraw.Draw(page).text((14, 12), "\n".join(lines), color, self.font, spacing=5)
+        return np.asarray(page)
 
 def cheetah_capsules(model, data):
     """HalfCheetah's bodies from MuJoCo's geom positions, for SideView.frame: capsules (8, 5), colors (8, 3), far ones first."""
@@ -482,15 +469,13 @@ def find_ladder(name):
     """--dataset -> its path. The file that dt_cheetah.py collects by default, and the one of --smoke (an episode per gait), are made by that
     script, as a process, if they are missing or older than the ladder of gaits that they come from."""
     path, script = pathlib.Path(name), pathlib.Path(__file__).with_name("dt_cheetah.py")
-    ladder = script.with_name("data") / "cheetah_ladder.npz"
     collected = re.fullmatch(r"out/data/cheetah_ladder(_1_0\.05_0\.6_0\.3)?\.hdf5", name)
-    stale = path.exists() and ladder.exists() and path.stat().st_mtime < ladder.stat().st_mtime
-    if collected and script.exists() and (stale or not path.exists()):
+    age = lambda file: file.stat().st_mtime if file.exists() else 0
+    if collected and script.exists() and age(path) <= age(script.with_name("data") / "cheetah_ladder.npz"):
         import subprocess
-        flags = ["--collect", *(["--ladder_episodes", "1"] if collected[1] else [])]
-        why = "of an older ladder" if stale else "not there"
-        print(f"{path} is {why}; dt_cheetah.py makes it: python dt_cheetah.py {' '.join(flags)}", flush=True)
-        if subprocess.run([sys.executable, script, *flags], stdout=subprocess.DEVNULL).returncode:
+        command = [sys.executable, script, "--collect", *(["--ladder_episodes", "1"] if collected[1] else [])]
+        print(f"{path} is not there, or of an older ladder; dt_cheetah.py makes it: python {script.name} {' '.join(command[2:])}", flush=True)
+        if subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
             sorry("dt_cheetah.py could not make the episodes; its sentence is above")
     if not path.is_file():
         sorry(f"{path} is not there: --dataset takes a HalfCheetah .hdf5, of Minari, D4RL or dt_cheetah.py (out/data)")

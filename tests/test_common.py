@@ -135,7 +135,7 @@ def test_whole_file_keeps_the_old_one_when_writing_fails(tmp_path):
         with common.whole_file(path) as part:
             part.write_bytes(b"half")
             1 / 0
-    assert common.load_checkpoint(path)["step"] == 1
+    assert common.resume(path)["step"] == 1
     assert [p.name for p in tmp_path.iterdir()] == ["a.pt"]
 
 
@@ -171,7 +171,7 @@ def test_a_full_disk_is_a_sentence_and_loses_nothing(tmp_path, capsys):
             with open("/dev/full", "wb") as f:
                 f.write(b"x" * 100_000)
     assert e.value.code == 2 and "No space left" in capsys.readouterr().err
-    assert common.load_checkpoint(path)["step"] == 1
+    assert common.resume(path)["step"] == 1
 
 
 def test_a_checkpoint_with_code_in_it_is_refused(tmp_path, capsys):
@@ -180,7 +180,7 @@ def test_a_checkpoint_with_code_in_it_is_refused(tmp_path, capsys):
             return os.mkdir, (str(tmp_path / "pwned"),)
     torch.save(dict(x=Evil()), tmp_path / "evil.pt")
     with pytest.raises(SystemExit):
-        common.load_checkpoint(tmp_path / "evil.pt")
+        common.resume(tmp_path / "evil.pt")
     assert not (tmp_path / "pwned").exists()
     assert capsys.readouterr().err.count("\n") == 1
 

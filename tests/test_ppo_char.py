@@ -629,7 +629,7 @@ def test_stopped_in_any_round_it_goes_on_to_the_same_numbers(small, tmp_path, mo
             try:
                 state = pc.improve("t", algo, policy, start, r, corpus.train, args, tmp_path / f"{name}.pt")
             except KeyboardInterrupt:
-                assert pc.common.load_checkpoint(tmp_path / "stopped.pt")["step"] == 2
+                assert pc.common.resume(tmp_path / "stopped.pt")["step"] == 2
         states.append((str(state["curve"]), list(state["pool"].items()), [p.tolist() for p in policy.parameters()]))
     assert states[0] == states[1]
 

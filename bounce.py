@@ -11,7 +11,7 @@ Source: Shimmin's Bouncing LLaMa (an 8B Llama, LoRA, 40 minutes on a 4090: direc
 3. 0.7 million parameters from scratch, small dense mazes first, Shimmin's sizes after
 Not handled: characters outside printable ASCII; fields with holes in their rim; more than one ball at a time.
 """
-import collections, hashlib, json, math, os, pathlib, re, sys, time
+import argparse, collections, csv, hashlib, io, itertools, json, math, os, pathlib, re, sys, time, unicodedata
 
 import common                       # before torch: it says how torch's threads wait
 from common import sorry
@@ -25,16 +25,15 @@ from tqdm import tqdm
 OUT, SAVE_EVERY = pathlib.Path("out"), 100
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")      # one kernel per shape, and each batch brings new ones: 1,024 take gigabytes
 GLYPHS = " |-+"                                     # a cell's flags: 1 a vertical wall, 2 a horizontal one, 3 a crossing
-DIRECTIONS = dict(NE=(-1, 1), NW=(-1, -1), SE=(1, 1), SW=(1, -1))           # (row, column); rows count downwards
-STEP = np.array(list(DIRECTIONS.values()))
+DIRECTIONS, STEP = ["NE", "NW", "SE", "SW"], np.array([(-1, 1), (-1, -1), (1, 1), (1, -1)])         # (row, column); rows count downwards
 # token ids: 16 moves (4 headings x does the row stay x does the column), 95 characters, marks, walls (WALL + flag); the 9 from PLAIN on and
 # NEWLINE serve tests/bench/compare_bounce.py alone
 MOVE, PLAIN, CHAR, END, PAD, NULL, WALL, CELL, NEWLINE, VOCAB = 0, 16, 25, 120, 121, 122, 122, 126, 127, 128
 SIGN = np.array(list("?" * CHAR + "".join(map(chr, range(32, 127))) + "???" + GLYPHS[1:] + "??"))       # how a token looks in a grid
 characters = lambda text: [CHAR + ord(x) - 32 for x in text]           # its tokens
+means = lambda groups: {name: round(float(np.mean(x)), 4) for name, x in groups.items()}            # of rates, by name or number
 # what a token adds to the pen's place, (VOCAB, 2) rows and columns: moves alone add anything, and this is all that the harness knows
-SHIFT = np.zeros((VOCAB, 2), int)
-SHIFT[:16] = (STEP[:, None] * [(1, 1), (1, 0), (0, 1), (0, 0)]).reshape(16, 2)
+SHIFT = np.pad((STEP[:, None] * [(1, 1), (1, 0), (0, 1), (0, 0)]).reshape(16, 2), ((0, VOCAB - 16), (0, 0)))
 
 # ---- flags -----------------------------------------------------------------------------------------------------------------
 def get_args(argv=None):
@@ -67,7 +66,7 @@ def get_args(argv=None):
     p.flag("show", False, "play one game in the terminal, the truth beside it, and end")
     p.flag("field", None, "show a maze of yours instead, drawn as the others are, with a * in it", metavar="FILE")
     p.flag("text", "Here is my handle, here is my spout.", "what to write into it")
-    p.flag("direction", "SE", "where its ball starts to", choices=list(DIRECTIONS))
+    p.flag("direction", "SE", "where its ball starts to", choices=DIRECTIONS)
     p.flag("video", True, "write an mp4 and a PNG of a held-out game")
     # other models: Shimmin's text format, as JSON lines for lora_llama.py
     p.flag("export", None, "write Shimmin's prompts and answers here, held-out ones beside it, and end", metavar="FILE.jsonl")
@@ -117,13 +116,13 @@ def bounce(wall, r, c, dr, dc):
 
 def paths(fields, r, c, d, T):
     """T steps of the balls at r, c (M, n), n in each of the fields (M, H, W), that set out in direction d (index into DIRECTIONS).
-    -> rows, columns and headings (as d), (M, n, T+1) each; a ball bounced where its heading changes."""
+    -> dict R, C, D: rows, columns and headings (as d), (M, n, T+1) each; a ball bounced where its heading changes."""
     solid, m, path = fields > 0, np.arange(len(fields))[:, None], [(r, c, d)]
     dr, dc = STEP[d].transpose(2, 0, 1)
     for _ in range(T):
         r, c, dr, dc = bounce(lambda r, c: solid[m, r, c], r, c, dr, dc)
         path.append((r, c, 2 * (dr > 0) + (dc < 0)))
-    return np.array(path).transpose(1, 2, 3, 0)
+    return dict(zip("RCD", np.array(path).transpose(1, 2, 3, 0)))
 
 def make_games(rng, M, n, quotes, height, width, bars, noise_texts=0.0):
     """M mazes, n balls in each, one text a maze. -> dict: H, W (M,), the mazes' sizes; fields (M, max H, max W), all wall beyond a maze's own
@@ -139,14 +138,11 @@ def make_games(rng, M, n, quotes, height, width, bars, noise_texts=0.0):
     for _ in range(1000):                           # a start is a blank cell, two from the rim, out of which the ball can move
         m = todo.nonzero()[0]
         r[todo], c[todo], d[todo] = rng.integers(2, H[m] - 2), rng.integers(2, W[m] - 2), rng.integers(0, 4, len(m))
-        R, C, _ = paths(fields, r, c, d, 2)                             # who has not moved after two steps never will
+        R, C, _ = paths(fields, r, c, d, 2).values()                    # who has not moved after two steps never will
         todo = (fields[np.arange(M)[:, None], r, c] > 0) | ((R == R[..., :1]) & (C == C[..., :1])).all(2)
         if not todo.any():
-            break
-    else:
-        sorry("in 1,000 tries no start was found that lets a ball move: take fewer --bars, or larger mazes")
-    R, C, D = paths(fields, r, c, d, max(map(len, texts)))
-    return dict(fields=fields, H=H, W=W, texts=texts, R=R, C=C, D=D)
+            return dict(fields=fields, H=H, W=W, texts=texts, **paths(fields, r, c, d, max(map(len, texts))))
+    sorry("in 1,000 tries no start was found that lets a ball move: take fewer --bars, or larger mazes")
 
 def drawn(field, R, C, text):
     """The field as tokens (H, W), with text written along R, C: the last letter wins, a space leaves the cell as it was."""
@@ -157,9 +153,36 @@ def drawn(field, R, C, text):
     return grid
 
 # ---- quotes, and Shimmin's text format -------------------------------------------------------------------------------------
-def split_quotes(texts):
-    """-> (to train on, held out): a tenth, of all lengths, is never trained on."""
-    return [x for i, x in enumerate(texts) if i % 10 != 5], texts[5::10]
+def read_quotes(path):
+    """Lines (`text -- author`), .csv or .json, UTF-8, UTF-16 or Windows' Latin -> printable ASCII, by length: to train on, a tenth held out."""
+    with common.reading(path):
+        raw = pathlib.Path(path).read_bytes()
+        utf16 = raw[:2] in (b"\xff\xfe", b"\xfe\xff")               # its byte order mark
+        if b"\0" in raw and not utf16:
+            raise ValueError("it is binary")
+        try:
+            text = raw.decode("utf-16", "replace") if utf16 else raw.decode("utf-8-sig")
+        except UnicodeDecodeError:
+            text = raw.decode("cp1252", "replace")
+        rows = [line.split(" -- ")[0] for line in text.splitlines()]
+        if path.endswith(".json"):
+            rows = json.loads(text)
+            if isinstance(rows, dict):                              # {"quotes": [...], "source": ...}, or {author: quote}
+                rows = [x for v in rows.values() if isinstance(v, list) for x in v] or rows.values()
+        elif path.endswith(".csv"):
+            head, *rows = [row for row in csv.reader(io.StringIO(text)) if row]
+            names = [x.strip().lower() for x in head]
+            rows = [dict(zip(names, row)) for row in rows] if {"quote", "text", "q"} & {*names} else [row[0] for row in (head, *rows)]
+        rows = [next((x[k] for k in ("quote", "text", "Quote", "q", "body") if k in x), "") if isinstance(x, dict) else x for x in rows]
+    plain = str.maketrans("\u2018\u2019\u201c\u201d\u2013\u2014\u2026", "''\"\"--.")
+    texts = [unicodedata.normalize("NFKD", x.translate(plain)).encode("ascii", "ignore").decode() for x in rows if isinstance(x, str)]
+    texts = [re.sub("[^!-~]+", " ", x).strip() for x in texts]
+    fit, long = [x for x in texts if 2 <= len(x) <= 120], sum(len(x) > 120 for x in texts)
+    kept = sorted({x.casefold(): x for x in reversed(fit)}.values(), key=lambda x: (len(x), x))         # of duplicates the first one stays
+    print(f"{len(kept)} texts from {path}; dropped: {len(rows) - len(fit) - long} empty, {long} longer than 120, {len(fit) - len(kept)} duplicates")
+    if len(kept) < 10:
+        sorry(f"{path} has {len(kept)} texts that can be used; at least 10 are needed")
+    return [x for i, x in enumerate(kept) if i % 10 != 5], kept[5::10]
 
 def one_game(lines, direction, text):
     """A field drawn as lines, with a * in it -> a single game as make_games makes them (M = n = 1). ValueError says what is wrong."""
@@ -175,9 +198,8 @@ def one_game(lines, direction, text):
     if (np.concatenate([flags[0], flags[-1], flags[:, 0], flags[:, -1]]) < 1).any():
         raise ValueError("the field's rim has a hole (or the * stands on it): the ball would get out")
     fields = flags.clip(0).astype(np.uint8)[None]
-    r, c, d = (np.array([[x]]) for x in (*at[0], list(DIRECTIONS).index(direction)))        # one maze, one ball
-    R, C, D = paths(fields, r, c, d, len(text))
-    return dict(fields=fields, H=np.array([len(flags)]), W=np.array([flags.shape[1]]), texts=[text], R=R, C=C, D=D)
+    r, c, d = (np.array([[x]]) for x in (*at[0], DIRECTIONS.index(direction)))        # one maze, one ball
+    return dict(fields=fields, H=np.array([len(flags)]), W=np.array([flags.shape[1]]), texts=[text], **paths(fields, r, c, d, len(text)))
 
 def example(g):
     """A single game in Shimmin's text format; the answer is the grid with the text written along the path."""
@@ -185,7 +207,7 @@ def example(g):
     fenced = lambda *path: "```\n" + "\n".join("".join(row) for row in SIGN[drawn(field, *path)]) + "\n```"
     return dict(prompt="A ball starts at the * and moves diagonally through the playing field, one cell per step. Walls reflect it. Each "
                 "step writes the next character of the reference text; a space leaves the cell as it was, a later character overwrites "
-                f"an earlier one.\n\n### Starting direction:\n{list(DIRECTIONS)[g['D'][0, 0, 0]]}\n\n### Reference text:\n{text}\n\n"
+                f"an earlier one.\n\n### Starting direction:\n{DIRECTIONS[g['D'][0, 0, 0]]}\n\n### Reference text:\n{text}\n\n"
                 f"### Playing field:\n{fenced(R[:1], C[:1], '*')}\n\n### Answer:\n", answer=fenced(R, C, text))
 
 def export(args, quotes):
@@ -230,8 +252,7 @@ def score(path):
         if want[R[1], C[1]] == text[1:2] != " ":    # where the second letter stands, if it can still be seen, tells the direction
             rates["direction"].append(same[R[1], C[1]])
     exact = rates.pop("exact_grid", [])             # of all completions; the other rates are of those that could be compared
-    return dict(completions=len(lines), compared=len(exact), wrong=dict(wrong), exact_grid=sum(exact) / len(lines),
-                **{name: round(float(np.mean(x)), 4) for name, x in rates.items()})
+    return dict(completions=len(lines), compared=len(exact), wrong=dict(wrong), exact_grid=sum(exact) / len(lines), **means(rates))
 
 # ---- the idea: a token stands where the pen is -------------------------------------------------------------------------------
 # What the ball does next depends on what stands around it. So a token's position is not its place in a line of text, but the (row, column,
@@ -247,18 +268,13 @@ def pen(g):
     The first move is the direction of the prompt, said as any other, as if it had led to the start: a token of its own would have to
     learn all about walls again, from one step a game (it did: the first move was wrong in 26% of the small mazes, the others in 1%).
     """
-    R, C, D, time = g["R"], g["C"], g["D"], np.arange(2 * g["R"].shape[2]) // 2
+    R, C, D, time = g["R"], g["C"], g["D"], np.arange(g["R"].shape[2])
     # in a corridor one cell wide the ball bounces at every step and its displacement is (0, 1), (0, 1), ...: which way it is heading can
     # only be known by counting. a move that says its heading leaves nothing to count
-    move = MOVE + 4 * D[..., 1:] + 2 * (np.diff(R) == 0) + (np.diff(C) == 0)                # (M, n, T)
-    ids = np.full((*R.shape[:2], len(time)), PAD)
-    ids[..., 0] = MOVE + 4 * D[..., 0]
-    for m, text in enumerate(g["texts"]):
-        end = 2 * len(text) + 1
-        ids[m, :, 1:end:2] = characters(text)
-        ids[m, :, 2:end:2] = move[m, :, :len(text)]
-        ids[m, :, end] = END
-    pos = np.stack([R[..., time], C[..., time], np.broadcast_to(time, ids.shape)], 3) * (ids != PAD)[..., None]
+    move = MOVE + 4 * D + 2 * (np.diff(R, prepend=-1) == 0) + (np.diff(C, prepend=-1) == 0)         # (M, n, T+1); the first moves both
+    letter = np.array([[characters(x) + [END] + [PAD] * (len(time) - 1 - len(x))] for x in g["texts"]])         # (M, 1, T+1)
+    ids = np.stack(np.broadcast_arrays(np.where(letter == PAD, PAD, move), letter), 3).reshape(*R.shape[:2], -1)
+    pos = np.stack(np.broadcast_arrays(R, C, time), 3).repeat(2, 2) * (ids != PAD)[..., None]
     return ids, pos.astype(np.float32)
 
 def memory_of(g, decoys=0, rng=None):
@@ -276,9 +292,8 @@ def memory_of(g, decoys=0, rng=None):
             at, flag = np.concatenate([at, far]), np.append(flag, rng.integers(1, 4, len(far)))
         rows.append(np.concatenate([block([NULL], 0, 0, 0, 0), block(WALL + flag, *at.T, 0, 1),
                                     block(characters(text) + [END], 0, 0, np.arange(len(text) + 1), 2)]))
-    table = np.full((len(rows), max(map(len, rows)), 5), [NULL, 0, 0, 0, -1])
-    for m, row in enumerate(rows):
-        table[m, :len(row)] = row
+    nothing = np.tile([NULL, 0, 0, 0, -1], (max(map(len, rows)), 1))
+    table = np.array([np.concatenate([row, nothing[len(row):]]) for row in rows])
     return table[..., 0], table[..., 1:4].astype(np.float32), table[..., 4]
 
 # ---- model -----------------------------------------------------------------------------------------------------------------
@@ -390,8 +405,7 @@ class Bouncer(nn.Module):
 def generate(model, g, device, draw="code"):
     """Greedy, with a KV cache, all games at once. The harness adds up the displacements and knows no physics: a pen may go through
     walls or out of the field. -> tokens (M, n, L), and with draw="model" the grids (M, n, H, W) of ids that the model wrote."""
-    start = np.stack([g["R"][..., 0], g["C"][..., 0]], 2)
-    arrays = MOVE + 4 * g["D"][..., 0], start, model.shift, *model.memory(g)
+    arrays = MOVE + 4 * g["D"][..., 0], np.stack([g["R"][..., 0], g["C"][..., 0]], 2), model.shift, *model.memory(g)
     ids, place, shift, *memory = (torch.from_numpy(x).to(device) for x in arrays)
     memory = model.remember(*memory)
     alive, out, past = torch.ones_like(ids, dtype=torch.bool), [], None
@@ -410,36 +424,33 @@ def generate(model, g, device, draw="code"):
     T = torch.tensor([float(len(x)) for x in g["texts"]], device=device)[:, None, None, None]
     for at in torch.cartesian_prod(torch.arange(H), torch.arange(W)).float().to(device).split(128):
         pos = torch.cat([at.expand(M, n, -1, 2), T.expand(M, n, len(at), 1)], 3)                # (M, n, cells, 3)
-        logits, _ = model(torch.full(pos.shape[:3], CELL, device=device), pos, memory, past, cells=len(at))
-        grids.append(logits.argmax(-1))
+        grids.append(model(torch.full(pos.shape[:3], CELL, device=device), pos, memory, past, cells=len(at))[0].argmax(-1))
     return tokens, torch.cat(grids, 2).view(M, n, H, W).cpu().numpy()
 
-def read_path(g, tokens, shift=SHIFT):
-    """A pen's tokens (M, n, L) -> per game (m, i, R, C, text): where each letter was put."""
+def read_path(g, tokens, grids=None, shift=SHIFT):
+    """Tokens (M, n, L), and grids if the model drew them -> per game m, i, R, C, text, grid: where each letter was put, the final grid."""
     for m, i in np.ndindex(tokens.shape[:2]):
-        letters, moves = tokens[m, i, ::2], tokens[m, i, 1::2]
-        T = int(np.argmax(np.append(letters, END) == END))
-        at = [g["R"][m, i, 0], g["C"][m, i, 0]] + np.concatenate([np.zeros((1, 2), int), shift[moves].cumsum(0)])
-        yield m, i, at[:T, 0], at[:T, 1], "".join(SIGN[x] if CHAR <= x < END else " " for x in letters[:T])
+        letters = list(itertools.takewhile(lambda x: x != END, tokens[m, i, ::2]))
+        text = "".join(SIGN[x] if CHAR <= x < END else " " for x in letters)
+        R, C = np.cumsum([(g["R"][m, i, 0], g["C"][m, i, 0]), *shift[tokens[m, i, 1::2]]], 0)[:len(text)].T
+        grid = drawn(g["fields"][m], R, C, text) if grids is None else grids[m, i]
+        yield m, i, R, C, text, SIGN[grid[:g["H"][m], :g["W"][m]]]
 
-def evaluate(model, args, quotes, device, games, **change):
+def evaluate(model, args, quotes, device, games):
     """Rates over held-out games, each in its own maze. -> dict: exact_path, exact_grid, letters, direction, walls, by_time
-    (letters right, in tens of steps) and by_bounce (pen in the right place when the k-th bounce is done). change: other sizes."""
-    size = dict(height=args.height, width=args.width, bars=args.bars) | change
+    (letters right, in tens of steps) and by_bounce (pen in the right place when the k-th bounce is done)."""
     tally, by_time, by_bounce = (collections.defaultdict(list) for _ in range(3))
     for b in tqdm(range(0, games, 50), desc="evaluating", unit="x50 games", disable=None, leave=False):
-        g = make_games(np.random.default_rng((args.seed, 2, b)), min(50, games - b), 1, quotes, **size)
+        g = make_games(np.random.default_rng((args.seed, 2, b)), min(50, games - b), 1, quotes, args.height, args.width, args.bars)
         with torch.autocast(device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
             tokens, grids = generate(model, g, device, args.draw)
         want = model.tokens(g)[0][..., 1:]
         exact = ((tokens == want) | (want == PAD)).all(2)
-        for m, i, R, C, text in read_path(g, tokens, model.shift):
+        for m, i, R, C, text, grid in read_path(g, tokens, grids, model.shift):
             truth, field, wr, wc = g["texts"][m], g["fields"][m, :g["H"][m], :g["W"][m]], g["R"][m, i], g["C"][m, i]
-            grid = drawn(field, R, C, text) if grids is None else grids[m, i, :len(field), :field.shape[1]]
-            same = SIGN[grid] == SIGN[drawn(field, wr, wc, truth)]
+            same = grid == SIGN[drawn(field, wr, wc, truth)]
             got = [*zip(R, C, text), *[(-1, -1, "")] * len(truth)]              # where the path ended too early it is nowhere
-            right = np.array([a == b for a, b in zip(got, zip(wr, wc, truth))])
-            there = np.array([a[:2] == b[:2] for a, b in zip(got, zip(wr, wc, truth))])
+            there, right = np.array([(a[:2] == b[:2], a == b) for a, b in zip(got, zip(wr, wc, truth))]).T
             for name, x in dict(exact_path=exact[m, i], exact_grid=same.all(), direction=there[1], walls=same[field > 0].all()).items():
                 tally[name].append(x)
             tally["letters"].extend(right)
@@ -447,7 +458,6 @@ def evaluate(model, args, quotes, device, games, **change):
                 by_time[t // 10].append(ok)
             for k, ok in enumerate(there[1:][np.diff(g["D"][m, i, :len(truth)]) != 0]):
                 by_bounce[k].append(ok)
-    means = lambda groups: {k: round(float(np.mean(x)), 4) for k, x in groups.items()}
     return means(tally) | dict(by_time=[*means(by_time).values()], by_bounce=[*means(by_bounce).values()])
 
 def draw_pen(field, R, C, text):
@@ -470,12 +480,10 @@ def draw_pen(field, R, C, text):
 
 def show(model, g, args, device):
     """One game in the terminal: what the model wrote, the truth beside it, and in red what differs."""
-    tokens, grids = generate(model, g, device, args.draw)
-    (_, _, R, C, text), truth, field = next(read_path(g, tokens)), g["texts"][0], g["fields"][0]
-    got = SIGN[drawn(field, R, C, text) if grids is None else grids[0, 0]]
-    want = SIGN[drawn(field, g["R"][0, 0], g["C"][0, 0], truth)]
+    *_, got = next(read_path(g, *generate(model, g, device, args.draw)))
+    want = SIGN[drawn(g["fields"][0], g["R"][0, 0], g["C"][0, 0], g["texts"][0])]
     red = "\033[1;31m{}\033[0m" if sys.stdout.isatty() else "{}"
-    print(f"{list(DIRECTIONS)[g['D'][0, 0, 0]]}: {truth}\n\n{'the model':{len(got[0])}}   the truth")
+    print(f"{DIRECTIONS[g['D'][0, 0, 0]]}: {g['texts'][0]}\n\n{'the model':{len(got[0])}}   the truth")
     for a, b in zip(got, want):
         print(*(x if x == y else red.format("?" if x == " " else x) for x, y in zip(a, b)), "   ", *b, sep="")
     print(f"\n{(got != want).sum()} cells differ")
@@ -495,14 +503,11 @@ def cells_of(g, rng, Q):
 def loss_of(model, g, device, cells=None, decoys=0, rng=None):
     """Mean cross-entropy of the next token over a batch of games, plus that of cells = (pos, ids), asked for after the path."""
     ids, pos = model.tokens(g)
-    ids, pos, target, Q = ids[..., :-1], pos[..., :-1, :], ids[..., 1:], 0
-    if cells is not None:
-        at, there = cells
-        Q = there.shape[2]
-        ids = np.concatenate([ids, np.full_like(there, CELL)], 2)
-        pos, target = np.concatenate([pos, at], 2), np.concatenate([target, there], 2)
+    at, there = cells or (pos[:, :, :0], ids[:, :, :0])                 # without cells both are empty
+    target, pos = np.concatenate([ids[:, :, 1:], there], 2), np.concatenate([pos[:, :, :-1], at], 2)
+    ids = np.concatenate([ids[:, :, :-1], np.full_like(there, CELL)], 2)
     ids, pos, target, *memory = (torch.from_numpy(x).to(device) for x in (ids, pos, target, *model.memory(g, decoys, rng)))
-    logits, _ = model(ids, pos, model.remember(*memory), cells=Q)
+    logits, _ = model(ids, pos, model.remember(*memory), cells=there.shape[2])
     return F.cross_entropy(logits.flatten(0, 2).float(), target.flatten(), ignore_index=PAD)
 
 def train(args, quotes, file, device, kind=Bouncer):
@@ -513,34 +518,31 @@ def train(args, quotes, file, device, kind=Bouncer):
     model = kind(args.n_layer, args.n_head, args.n_embd).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=args.weight_decay, fused=True)
     state, losses = dict(step=0, seconds=0.0) | common.resume(file, model=model, optimizer=optimizer), []
-    first, seconds, began = state["step"], state["seconds"], time.time() - state["seconds"]
+    first, began = state["step"], time.time() - state["seconds"]
     bar = tqdm(range(first, args.steps), initial=first, total=args.steps, desc="training", unit="step", disable=rank > 0 or None)
     for step in bar:
         rng = np.random.default_rng((args.seed, 1, step, rank))         # a batch depends on this alone: a resumed run sees the same
         # full sizes come late, when bounces are understood: what is new there is only that walls are many and far
-        small = step < args.small * args.steps or step % 2 == 1
-        size = dict(height=[9, 12], width=[14, 22], bars=3.0) if small else dict(height=args.height, width=args.width, bars=args.bars)
-        g = make_games(rng, args.mazes, args.balls, quotes, noise_texts=args.noise_texts, **size)
+        size = ([9, 12], [14, 22], 3.0) if step < args.small * args.steps or step % 2 else (args.height, args.width, args.bars)
+        g = make_games(rng, args.mazes, args.balls, quotes, *size, args.noise_texts)
         optimizer.param_groups[0]["lr"] = args.lr * min((step + 1) / args.warmup, 0.55 + 0.45 * math.cos(math.pi * step / args.steps))
         with torch.autocast(device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
             loss = loss_of(model, g, device, cells_of(g, rng, 48) if args.draw == "model" else None, args.decoys, rng)
         optimizer.zero_grad()
         loss.backward()
-        if world > 1:
-            for w in model.parameters():
-                dist.all_reduce(w.grad)
-                w.grad /= world
+        for w in model.parameters() if world > 1 else []:
+            dist.all_reduce(w.grad)
+            w.grad /= world
         nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
         losses.append(loss.item())
         if not math.isfinite(losses[-1]):
             sorry(f"the loss is not finite at step {step}; a smaller --lr may help")
         optimizer.step()
-        if (step + 1) % SAVE_EVERY == 0 or step + 1 == args.steps:
-            seconds = time.time() - began
+        if rank == 0 and ((step + 1) % SAVE_EVERY == 0 or step + 1 == args.steps):
             bar.set_postfix(loss=f"{np.mean(losses[-100:]):.5f}")
-            if rank == 0:
-                common.save_checkpoint(file, dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step + 1, seconds=seconds))
-    return model.eval(), seconds
+            common.save_checkpoint(file, dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step + 1,
+                                              seconds=time.time() - began))
+    return model.eval(), time.time() - began
 
 # ---- main ------------------------------------------------------------------------------------------------------------------
 def checkpoint(args, quotes):
@@ -553,7 +555,7 @@ def main():
     args, began, device = get_args(), time.time(), common.pick_device()
     if args.score is not None:
         return common.log_result("bounce.py", args, metrics=score(args.score), seconds=time.time() - began)
-    quotes, unseen = split_quotes(common.read_texts(args.quotes))
+    quotes, unseen = read_quotes(args.quotes)
     if args.export is not None:
         return export(args, (quotes, unseen))
     g = make_games(np.random.default_rng((args.seed, 4)), 1, 1, unseen, args.height, args.width, args.bars)
@@ -579,13 +581,13 @@ def main():
               ", two quotes in one": (long, {}), ", twice the walls": (unseen, dict(bars=2 * args.bars))}
     for name, (texts, change) in beyond.items():            # 1.5 times the largest size, and what else it never saw
         games = max(1, args.games // (5 if name else 1))
-        rates = evaluate(model, args, texts, device, games, **change)
+        rates = evaluate(model, argparse.Namespace(**vars(args) | change), texts, device, games)
         by_time, by_bounce = (" ".join(f"{x:.3f}" for x in rates.pop(k)) for k in ("by_time", "by_bounce"))
         print(f"{games} held-out games{name}: " + "  ".join(f"{k} {v:.2%}" for k, v in rates.items()))
         if not name:
             print(f"  letters right, steps 0-9, 10-19, ...: {by_time}\n  in place after bounce 1, 2, ...: {by_bounce}")
         metrics.update({k + name: rates[k] for k in ("exact_path", "exact_grid")})
-    _, _, R, C, text = next(read_path(g, generate(model, g, device)[0]))
+    _, _, R, C, text, _ = next(read_path(g, *generate(model, g, device)))
     if args.video and text:                                 # an untrained model may end before its first letter
         frames = list(draw_pen(g["fields"][0], R, C, text))
         metrics.update(video=str(OUT / "bounce.mp4"), picture=str(OUT / "bounce.png"))

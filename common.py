@@ -2,11 +2,11 @@
 
 What scripts would repeat, and what no one reads for its idea. Copy it beside any script and the script runs.
     1 errors in one sentence, flags         all         5 HalfCheetah in batches, its episodes    the cheetah's three
-    2 files that are never half-written     all         6 texts of any encoding                   bounce
-    3 sampling, beam search                 ppo, lora   7 safetensors, JSON                       pythia, lora
-    4 a renderer without OpenGL, mp4        cheetahs    8 a server that answers, what was paid    rag, selfinstruct
+    2 files that are never half-written     all         6 safetensors, JSON                       pythia, lora
+    3 sampling, beam search                 ppo, lora   7 a server that answers, what was paid    selfinstruct
+    4 a renderer without OpenGL, mp4        cheetahs
 """
-import argparse, collections, contextlib, csv, glob, hashlib, io, json, math, os, pathlib, platform, re, sys, threading, time, unicodedata
+import argparse, collections, contextlib, glob, hashlib, json, math, os, pathlib, platform, re, sys, threading, time
 
 # torch's threads spin for milliseconds while they wait for each other. with another program busy on one of their cores, a step of
 # dt_cheetah.py then takes 1900 to 2700 ms instead of 55; if they go to sleep sooner, 152, and on a quiet machine still 55
@@ -365,7 +365,7 @@ def draw_episode(model, diary, renderer="numpy"):
         mujoco.mj_forward(model, data)
         back = max(0, step - 20)                    # the speed of the last second
         speed = (qpos[0] - diary[back][0][0]) / (0.05 * max(1, step - back))
-        lines = [f"target {target:.0f}", f"return {earned:z.0f}", f"{speed:.1f} m/s"]
+        lines = [f"target {target:.0f}", f"return {earned:z.0f}", f"{speed:z.1f} m/s"]
         if gl is None:
             yield view.frame(*cheetah_capsules(model, data), qpos[0], lines)
         else:
@@ -481,40 +481,7 @@ def find_ladder(name):
         sorry(f"{path} is not there: --dataset takes a HalfCheetah .hdf5, of Minari, D4RL or dt_cheetah.py (out/data)")
     return path
 
-# ---- part 6: texts -------------------------------------------------------------------------------------------------------
-def read_texts(path):
-    """Lines (`text -- author`), .csv or .json, in UTF-8, UTF-16 or Windows' Latin -> texts in printable ASCII, by length."""
-    with reading(path):
-        raw = pathlib.Path(path).read_bytes()
-        utf16 = raw[:2] in (b"\xff\xfe", b"\xfe\xff")              # its byte order mark
-        if b"\0" in raw and not utf16:
-            raise ValueError("it is binary")
-        try:
-            text = raw.decode("utf-16", "replace") if utf16 else raw.decode("utf-8-sig")
-        except UnicodeDecodeError:
-            text = raw.decode("cp1252", "replace")
-        if path.endswith(".json"):
-            rows = json.loads(text)
-            if isinstance(rows, dict):                              # {"quotes": [...], "source": ...}, or {author: quote}
-                rows = [x for v in rows.values() if isinstance(v, list) for x in v] or rows.values()
-        elif path.endswith(".csv"):
-            head, *rows = [row for row in csv.reader(io.StringIO(text)) if row]
-            names = [x.strip().lower() for x in head]
-            rows = [dict(zip(names, row)) for row in rows] if {"quote", "text", "q"} & {*names} else [row[0] for row in (head, *rows)]
-        else:
-            rows = [line.split(" -- ")[0] for line in text.splitlines()]
-        rows = [next((x[k] for k in ("quote", "text", "Quote", "q", "body") if k in x), "") if isinstance(x, dict) else x for x in rows]
-    plain = str.maketrans("\u2018\u2019\u201c\u201d\u2013\u2014\u2026", "''\"\"--.")
-    texts = [unicodedata.normalize("NFKD", x.translate(plain)).encode("ascii", "ignore").decode() for x in rows if isinstance(x, str)]
-    texts = [re.sub("[^!-~]+", " ", x).strip() for x in texts]
-    fit, long = [x for x in texts if 2 <= len(x) <= 120], sum(len(x) > 120 for x in texts)
-    kept = {x.casefold(): x for x in reversed(fit)}                 # of duplicates the first one stays
-    print(f"{len(kept)} texts from {path}; dropped: {len(rows) - len(fit) - long} empty, {long} longer than 120, {len(fit) - len(kept)} duplicates")
-    if len(kept) < 10:
-        sorry(f"{path} has {len(kept)} texts that can be used; at least 10 are needed")
-    return sorted(kept.values(), key=lambda x: (len(x), x))
-
-# ---- part 7: model files -------------------------------------------------------------------------------------------------
+# ---- part 6: model files -------------------------------------------------------------------------------------------------
 DTYPES = dict(F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16, I64=torch.int64, I32=torch.int32,
               I16=torch.int16, I8=torch.int8, U8=torch.uint8, BOOL=torch.bool)          # as safetensors files name them
 
@@ -583,7 +550,7 @@ def write_safetensors(path, spec, tensor_of):
         for name, (dtype, _) in spec.items():
             f.write(tensor_of(name).detach().to("cpu", dtype).contiguous().view(-1).view(torch.uint8).numpy())
 
-# ---- part 8: a server that answers, and what was paid --------------------------------------------------------------------
+# ---- part 7: a server that answers, and what was paid --------------------------------------------------------------------
 OPENAI = "https://api.openai.com/v1"
 
 def read_key(args, free, asks):

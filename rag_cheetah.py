@@ -13,16 +13,19 @@ After the RAG demonstration of Small-LLM, whose code was never published: the pr
 3. HalfCheetah-v5, whatever the prompt says
 Not handled: models that refuse temperature or max_tokens; replies in pieces (streaming); other environments.
 """
-import concurrent.futures, hashlib, json, pathlib, queue, re, threading, time
+import collections, concurrent.futures, contextlib, hashlib, json, os, pathlib, queue, re, threading, time
 
 import common                       # before torch: it says how torch's threads wait
-from common import OPENAI, Cheetahs, Journal, post, read_key, sorry
+from common import Cheetahs, sorry
 import numpy as np
+import requests, urllib3
 import torch
 from tqdm import tqdm
+from urllib3.exceptions import ConnectTimeoutError, NewConnectionError, SSLError
 
 S_DIM, A_DIM, T_DATA = 17, 6, 1000       # HalfCheetah-v5: observation, action, time limit in steps of 0.05 s
 OUT, PAUSE = pathlib.Path("out"), 1.0      # PAUSE: seconds before a second try; then it doubles
+OPENAI = "https://api.openai.com/v1"
 
 # ---- flags -----------------------------------------------------------------------------------------------------------------
 def get_args(argv=None):
@@ -62,6 +65,8 @@ def get_args(argv=None):
         args.price_in = args.price_out = 0.0
     if None in (args.price_in, args.price_out):
         sorry("--price_in and --price_out: dollars per million tokens, as the provider says; 0 for a server of your own")
+    if not re.fullmatch(r"https?://[^\s@/]+(/[^\s@]*)?", args.api_base):         # a password would end up in the results
+        sorry("--api_base takes http://host:port/v1 or https://host/v1, and no user or password in it; a key goes into OPENAI_API_KEY")
     return args
 
 # ---- episodes: what was still to be earned at each of their steps -------------------------------------------------------------
@@ -168,35 +173,164 @@ def parse(reply, encoding):
     return np.clip(x, -1, 1), bool((abs(x) > 1).any())
 
 # ---- the endpoint: everything that can go wrong, and what was paid -----------------------------------------------------------------
+def read_key(args):
+    """The API key, from OPENAI_API_KEY only, "" for who needs none. It goes into one header and nowhere else: no file, log or message."""
+    key = os.environ.get("OPENAI_API_KEY", "").strip() if args.llm != "knn" else ""
+    if not re.fullmatch(r"[\x21-\x7e]*", key):          # requests would quote the whole header in its complaint
+        sorry("OPENAI_API_KEY holds characters that no key has; set it anew")
+    if args.llm != "knn" and not key and args.api_base == OPENAI:
+        sorry("set OPENAI_API_KEY, or --api_base for a server of your own, or use --llm knn, which needs neither")
+    return key
+
+def hide(text, key):
+    """text without the key, should a server repeat it. Under 8 letters it is what people set for a server that wants none: a word."""
+    return re.sub(r"\bsk-[\w*.-]{8,}", "[key]", text.replace(key, "[key]") if len(key) >= 8 else text)
+
 class GivenUp(Exception):
     """A sentence that a request's thread has for the user; the main thread says it, once."""
 
+class Endpoint:
+    """The server, and a journal of what was asked and paid: {"ask": n, "bound": $} before a request, {"n": n, "key": its place in the run,
+    "reply": ..., "cost": $} or {"n": n, "free": why} after it, each line on disk before the run goes on. An ask without its second
+    line may have been paid for: it counts with its bound. A reply that is here is never asked for again."""
+    def __init__(self, args, path, key):
+        self.args, self.key, self.lock, self.stop = args, key, threading.Lock(), threading.Event()
+        self.replies, self.open, self.asks, self.spent = {}, {}, 0, 0.0
+        self.faults, self.lost, self.unanswered = collections.Counter(), [], 0
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.file = open(path, "ab+")
+        with contextlib.suppress(ImportError):                          # windows: two runs at once are the user's care
+            import fcntl
+            try:
+                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)   # the system lets go of it however we die
+            except OSError:
+                sorry(f"another run is writing to {path}; wait for it")
+        self.file.seek(0)
+        *lines, torn = self.file.read().split(b"\n")
+        self.file.truncate(self.file.tell() - len(torn))                # what a crash has torn is cut off
+        for number, line in enumerate(lines, 1):
+            with common.reading(f"{path}, line {number} (remove it to go on)"):
+                self.write(old=True, **json.loads(line))
+
+    def write(self, old=False, **line):
+        if not old:                             # from an earlier run: it only counts
+            self.file.write(json.dumps(line).encode() + b"\n")
+            self.file.flush()
+            os.fsync(self.file.fileno())
+        if "ask" in line:
+            self.open[line["ask"]], self.asks = float(line["bound"]), line["ask"] + 1
+        else:
+            self.open.pop(line["n"], None)
+        if "key" in line:
+            self.spent += line["cost"]
+            self.replies.setdefault(line["key"], line)
+
+    def ask(self, place, prompt, enough):
+        """-> the reply's text, from the journal if it was paid for before; None if there was none after all --retries. enough: so many
+        requests in a row without an answer, and nobody is there."""
+        args, got = self.args, {}
+        body = dict(model=args.llm, messages=prompt, temperature=args.temperature, max_tokens=args.max_tokens)
+        key = f"{place} {hashlib.sha256(json.dumps(body).encode()).hexdigest()[:16]}"
+        # a token is a byte or more, 100 are for the chat template
+        most = [100 + sum(len(m["content"].encode()) for m in prompt), args.max_tokens]
+        price = lambda n_in, n_out: (n_in * args.price_in + n_out * args.price_out) / 1e6
+        for tries in range(args.retries if key not in self.replies else 0):
+            with self.lock:
+                if not args.max_cost or self.spent + sum(self.open.values()) + price(*most) > args.max_cost:
+                    raise GivenUp(f"--max_cost ${args.max_cost:g} does not cover the next request (${self.spent:.4f} is spent)")
+                n = self.asks
+                self.write(ask=n, bound=price(*most))
+            box = queue.SimpleQueue()       # a thread that may be given up: dripping headers outlive any timeout of a socket
+            threading.Thread(target=lambda: box.put(self.post(key.replace(" ", "-"), body, most)), daemon=True).start()
+            try:
+                got = box.get(timeout=1.5 * args.timeout)
+            except queue.Empty:
+                got = dict(why="no answer in time")
+            with self.lock:
+                if "reply" in got:
+                    for gone in self.lost:          # what had no answer before this one keeps none: a resumed run must take the same way
+                        self.write(n=-1, key=gone, cost=0.0, reply=None)
+                    self.lost.clear()
+                    self.write(n=n, key=key, cost=price(got["in"], got["out"]), **got)
+                    self.unanswered = 0
+                    break
+                self.faults[got["why"]] += 1
+                if got.get("free"):
+                    self.write(n=n, free=got["why"])
+            if not got.get("retry", True):
+                raise GivenUp(f"{args.api_base} refuses {args.llm} ({got['why']})")
+            wait = min(got.get("after", 0.0), 120.0) or min(60, PAUSE * 2.0**tries) * (0.5 + 0.5 * np.random.random())
+            if tries + 1 < args.retries and self.stop.wait(wait):
+                break
+        else:
+            if key not in self.replies:
+                with self.lock:             # not yet written: a run that ends before the next answer may ask again
+                    self.lost.append(key)
+                    self.unanswered += 1
+                    if self.unanswered >= enough:
+                        raise GivenUp(f"{args.api_base} does not answer ({got['why']})")
+        return self.replies.get(key, dict(reply=None))["reply"]
+
+    def post(self, name, body, most):
+        """One attempt. -> reply, in, out (tokens), seconds; or why, with free=True if nothing can have been billed, retry=False if it is no
+        use, after=seconds if the server asks for a pause. most: tokens in and out, for a server that does not count."""
+        began, got, url, timeout = time.monotonic(), {}, self.args.api_base.rstrip("/") + "/chat/completions", self.args.timeout
+        # servers and gateways that know Idempotency-Key answer a repeated request from memory, unpaid; others ignore it
+        headers = {"Idempotency-Key": name, "Authorization": f"Bearer {self.key}" if self.key else None}        # None: it is not sent
+        try:
+            # auth: without one requests would replace the header by what ~/.netrc has for the host
+            with requests.post(url, json=body, headers=headers, auth=lambda plain: plain, stream=True, allow_redirects=False,
+                               timeout=(min(10, timeout), timeout)) as r:
+                status, after = r.status_code, r.headers.get("Retry-After")
+                # errors are not billed; but behind a 502 or 504 is a gateway that gave up on a model who may answer yet
+                got = dict(why=f"HTTP {status}", free=status not in (200, 502, 504),
+                           retry=status in (200, 408, 409, 425, 429) or status >= 500)
+                raw = r.raw.read(10**6 + 1, decode_content=True)        # no more, whatever it sends
+            if len(raw) > 10**6:
+                raise ValueError
+            if status == 200:
+                data = json.loads(raw)
+                text, use = hide(str(data["choices"][0]["message"].get("content") or ""), self.key), data.get("usage") or {}
+                most = dict(prompt_tokens=most[0], completion_tokens=min(most[1], len(text.encode("utf-8", "replace"))))
+                used = [use[k] if type(use.get(k)) is int and use[k] >= 0 else most[k] for k in most]
+                got = {"reply": text, "in": used[0], "out": used[1], "seconds": round(time.monotonic() - began, 3)}
+            elif status in (400, 404, 422):
+                said = hide(raw.decode("utf-8", "replace"), self.key)           # before it is cut: half a key is a secret, too
+                got["why"] += " " + " ".join(re.findall(r'"message": *"([^"]{1,200})', said))
+            elif after:
+                got["after"] = float(after) if re.fullmatch(r"[\d.]{1,9}", after) else urllib3.Retry().parse_retry_after(after)
+        except Exception as e:                  # of requests, JSON, dates; only its type is told: its message may quote headers
+            if not got.get("free"):
+                reason, bad = getattr(e.args[0] if e.args else None, "reason", None), isinstance(e, requests.exceptions.InvalidURL)
+                unsent = bad or isinstance(reason, (NewConnectionError, ConnectTimeoutError, SSLError))
+                got = dict(why=type(e).__name__ + " in the reply" * bool(got), free=unsent, retry=not bad)
+        return got
+
 class Controller:
-    """Asks the LLM for actions. What it says is in the journal before it is used; counts hold what became of each step."""
-    def __init__(self, args, store, journal, key):
-        self.args, self.store, self.journal, self.key, self.stop = args, store, journal, key, threading.Event()
-        self.pool = concurrent.futures.ThreadPoolExecutor(args.parallel)
-        self.counts, self.faults, self.lost, self.unanswered = dict(good=0, repaired=0, fallback=0, clipped=0), {}, [], 0
+    """Asks the LLM for actions; counts hold what became of each step."""
+    def __init__(self, args, store, endpoint):
+        self.args, self.store, self.endpoint = args, store, endpoint
+        self.pool, self.counts = concurrent.futures.ThreadPoolExecutor(args.parallel), dict(good=0, repaired=0, fallback=0, clipped=0)
 
     def act(self, step, obs, episodes, steps, past):
         """obs (n, 17), neighbours (n, k), past n lists -> actions (n, 6)."""
-        self.enough = 3 * min(self.args.parallel, len(obs))         # requests in a row without an answer: then nobody is there
+        enough = 3 * min(self.args.parallel, len(obs))
         jobs = [self.pool.submit(self.one, f"{step}/{i}", messages(self.args, self.store, step, o, episodes[i], steps[i], past[i]),
-                                 self.store.act[episodes[i], steps[i]].mean(0)) for i, o in enumerate(obs)]
+                                 self.store.act[episodes[i], steps[i]].mean(0), enough) for i, o in enumerate(obs)]
         try:
             return np.stack([job.result() for job in jobs])
         except BaseException as e:          # what waits is not asked; what is under way is waited for, it is paid
-            self.stop.set()
+            self.endpoint.stop.set()
             self.pool.shutdown(cancel_futures=True)
             if isinstance(e, GivenUp):
                 sorry(f"{e}; what was answered is kept, the same command goes on")
             raise
 
-    def one(self, place, prompt, mean):
+    def one(self, place, prompt, mean, enough):
         """One cheetah's action at one step: the reply, or the repaired reply, or the neighbours' mean."""
         clipped, how = False, "good"
         for attempt in ("", "/repair"):
-            reply = self.ask(place + attempt, prompt)
+            reply = self.endpoint.ask(place + attempt, prompt, enough)
             try:
                 if reply is None:
                     raise ValueError
@@ -208,53 +342,10 @@ class Controller:
                 action, how = mean, "repaired" if not attempt and reply is not None else "fallback"
                 if reply is None:           # who does not answer is not asked to repair
                     break
-        with self.journal.lock:
+        with self.endpoint.lock:
             self.counts[how] += 1
             self.counts["clipped"] += clipped
         return action
-
-    def ask(self, place, prompt):
-        """-> the reply's text, from the journal if it was paid for before; None if there was none after all --retries."""
-        args, journal = self.args, self.journal
-        body = dict(model=args.llm, messages=prompt, temperature=args.temperature, max_tokens=args.max_tokens)
-        key = f"{place} {hashlib.sha256(json.dumps(body).encode()).hexdigest()[:16]}"
-        bound = ((100 + sum(len(m["content"].encode()) for m in prompt)) * args.price_in + args.max_tokens * args.price_out) / 1e6
-        for tries in range(args.retries if key not in journal.replies else 0):
-            with journal.lock:
-                if not args.max_cost or journal.spent + sum(journal.open.values()) + bound > args.max_cost:
-                    raise GivenUp(f"--max_cost ${args.max_cost:g} does not cover the next request (${journal.spent:.4f} is spent)")
-                n = journal.asks
-                journal.write(ask=n, bound=bound)
-            box = queue.SimpleQueue()       # a thread that may be given up: dripping headers outlive any timeout of a socket
-            threading.Thread(target=lambda: box.put(post(args, self.key, key.replace(" ", "-"), body)), daemon=True).start()
-            try:
-                got = box.get(timeout=1.5 * args.timeout)
-            except queue.Empty:
-                got = dict(why="no answer in time")
-            with journal.lock:
-                if "reply" in got:
-                    for gone in self.lost:          # what had no answer before this one keeps none: a resumed run must take the same way
-                        journal.write(n=-1, key=gone, cost=0.0, reply=None)
-                    self.lost.clear()
-                    journal.write(n=n, key=key, cost=(got["in"] * args.price_in + got["out"] * args.price_out) / 1e6, **got)
-                    self.unanswered = 0
-                    break
-                self.faults[got["why"]] = self.faults.get(got["why"], 0) + 1
-                if got.get("free"):
-                    journal.write(n=n, free=got["why"])
-            if not got.get("retry", True):
-                raise GivenUp(f"{args.api_base} refuses {args.llm} ({got['why']})")
-            wait = min(max(0.0, got.get("after", 0.0)), 120.0) or min(60, PAUSE * 2.0**tries) * (0.5 + 0.5 * np.random.random())
-            if tries + 1 < args.retries and self.stop.wait(wait):
-                break
-        else:
-            if key not in journal.replies:
-                with journal.lock:          # not yet written: a run that ends before the next answer may ask again
-                    self.lost.append(key)
-                    self.unanswered += 1
-                    if self.unanswered >= self.enough:
-                        raise GivenUp(f"{args.api_base} does not answer ({got['why']})")
-        return journal.replies.get(key, dict(reply=None))["reply"]
 
 # ---- evaluation: closed loop, all targets and episodes in one batch ---------------------------------------------------------
 def evaluate(args, store, targets, controller=None):
@@ -286,13 +377,14 @@ def journal_file(args):
 
 def main():
     args, began, controller = get_args(), time.time(), None
-    key = read_key(args, "--llm knn", args.llm != "knn")
+    key = read_key(args)
     store, asked = find_store(args), np.repeat(args.targets, args.episodes)
     if args.llm != "knn":
         file = journal_file(args)
-        controller = Controller(args, store, Journal(file), key)
-        n, paid = len(asked) * args.max_steps, len(controller.journal.replies)
-        print(f"{n} requests to {args.llm} at {args.api_base}, {args.parallel} at once; {paid} replies for ${controller.journal.spent:.4f} "
+        endpoint = Endpoint(args, file, key)
+        controller = Controller(args, store, endpoint)
+        n, paid = len(asked) * args.max_steps, len(endpoint.replies)
+        print(f"{n} requests to {args.llm} at {args.api_base}, {args.parallel} at once; {paid} replies for ${endpoint.spent:.4f} "
               f"of --max_cost ${args.max_cost:g} are in {file}")
     earned, fell, actions, diary, searching = evaluate(args, store, asked, controller)
     error, table = abs(earned - asked) / np.maximum(abs(asked), 1), []
@@ -305,11 +397,11 @@ def main():
                    episodes=len(earned), fell=int(fell.sum()), k=args.k, steps_in_store=store.steps,
                    ms_per_query=round(1000 * searching / len(asked), 3), table=table)
     if controller:
-        replies = [r for r in controller.journal.replies.values() if r["reply"] is not None]
+        replies = [r for r in endpoint.replies.values() if r["reply"] is not None]
         seconds = np.array([r["seconds"] for r in replies] or [0.0])
-        metrics.update(controller.counts, faults=controller.faults, tokens_in=sum(r["in"] for r in replies),
-                       tokens_out=sum(r["out"] for r in replies), cost=round(controller.journal.spent, 6),
-                       unsettled=round(sum(controller.journal.open.values()), 6), latency=round(float(np.median(seconds)), 3),
+        metrics.update(controller.counts, faults=dict(endpoint.faults), tokens_in=sum(r["in"] for r in replies),
+                       tokens_out=sum(r["out"] for r in replies), cost=round(endpoint.spent, 6),
+                       unsettled=round(sum(endpoint.open.values()), 6), latency=round(float(np.median(seconds)), 3),
                        latency_p95=round(float(np.percentile(seconds, 95)), 3), journal=str(file))
     name = f"rag_cheetah_{re.sub(r'[^A-Za-z0-9.-]+', '_', args.llm)}_{args.targets[0]:.0f}"
     with common.whole_file(OUT / f"{name}.npz") as part:

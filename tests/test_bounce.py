@@ -151,7 +151,7 @@ def test_drawing_the_last_letter_wins_and_spaces_leave_the_cell():
 def test_tokens_say_the_path_and_stand_where_the_pen_is():
     g = games(2)
     ids, pos = b.pen(g)
-    for m, i, R, C, text in b.read_path(g, ids[..., 1:]):
+    for m, i, R, C, text, _ in b.read_path(g, ids[..., 1:]):
         n = len(g["texts"][m])
         assert text == g["texts"][m] and np.array_equal(R, g["R"][m, i, :n]) and np.array_equal(C, g["C"][m, i, :n])
         assert ids[m, i, 0] == b.MOVE + 4 * g["D"][m, i, 0] and ids[m, i, 2 * n + 1] == b.END and (ids[m, i, 2 * n + 2:] == b.PAD).all()
@@ -267,7 +267,7 @@ def test_it_learns_and_the_model_can_draw():
     assert np.mean(losses[-10:]) < 0.15 * losses[0]
     g = b.make_games(np.random.default_rng(1), 30, 1, ["abcdefgh"], [8, 9], [8, 9], 0.0)
     tokens, grids = b.generate(model, g, "cpu", "model")
-    text = [x for *_, x in b.read_path(g, tokens)]
+    text = [x for *_, x, _ in b.read_path(g, tokens)]
     assert np.mean([x == "abcdefgh" for x in text]) > 0.9
     wall = g["fields"][:, :8, :8] > 0
     assert (grids[:, 0, :8, :8][wall] == (b.WALL + g["fields"][:, :8, :8])[wall]).mean() > 0.95
@@ -321,7 +321,7 @@ def test_quotes_in_any_form(name, raw, want, tmp_path, capsys):
         encoding = "utf-16" if raw[:2] == b"\xff\xfe" else "latin-1"
         raw = (raw.decode(encoding) + "".join(("x," if name.endswith("csv") else "") + f"{i}\n" for i in filler)).encode(encoding)
     (tmp_path / name).write_bytes(raw)
-    got = common.read_texts(str(tmp_path / name))
+    got = sum(b.read_quotes(str(tmp_path / name)), [])
     assert sorted(set(got) - set(filler)) == sorted(want)
     assert ("1 duplicates" in capsys.readouterr().out) == (name == "a.txt")
 
@@ -329,7 +329,7 @@ def test_quotes_in_any_form(name, raw, want, tmp_path, capsys):
 def test_a_utf_16_file_that_is_cut_within_a_letter_is_read(tmp_path):
     text = "".join(f"number {i} of ten\n" for i in range(11)).encode("utf-16")
     (tmp_path / "q.txt").write_bytes(text[:-3])
-    assert "number 9 of ten" in common.read_texts(str(tmp_path / "q.txt"))
+    assert "number 9 of ten" in sum(b.read_quotes(str(tmp_path / "q.txt")), [])
 
 
 def test_what_is_no_text_in_a_json_is_left_out(tmp_path):
@@ -337,14 +337,14 @@ def test_what_is_no_text_in_a_json_is_left_out(tmp_path):
     for content in ([*({"quote": x} for x in ten), {"quote": None}, {"quote": None}, 7], {"quotes": ten, "count": 11, "source": "http://x"},
                     {f"author {i}": x for i, x in enumerate(ten)}):
         (tmp_path / "q.json").write_text(json.dumps(content))
-        assert sorted(common.read_texts(str(tmp_path / "q.json"))) == sorted(ten)
+        assert sorted(sum(b.read_quotes(str(tmp_path / "q.json")), [])) == sorted(ten)
 
 
 def test_the_quotes_that_ship():
     lines = (ROOT / FILES[0]).read_text(encoding="utf-8").splitlines()
     assert len(lines) >= 500 and all(re.fullmatch(r"\S.{13,}\S -- \S.*\S", x) for x in lines)
     assert len({x.split(" -- ")[0].casefold() for x in lines}) == len(lines)
-    train, unseen = b.split_quotes(common.read_texts(str(ROOT / FILES[0])))
+    train, unseen = b.read_quotes(str(ROOT / FILES[0]))
     assert not set(train) & set(unseen) and len(unseen) >= 50
 
 
@@ -471,7 +471,7 @@ def test_two_processes_share_their_gradients(alone):
                        capture_output=True, text=True, timeout=120, env=dict(os.environ, OMP_NUM_THREADS="1"))
     assert r.returncode == 0, r.stderr[-2000:]
     args = b.get_args(["--smoke", *flags[1:]])
-    quotes, _ = b.split_quotes(common.read_texts(str(ROOT / FILES[0])))
+    quotes, _ = b.read_quotes(str(ROOT / FILES[0]))
     torch.manual_seed(0)
     model = b.Bouncer(args.n_layer, args.n_head, args.n_embd)
     opt = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=args.weight_decay, fused=True)
@@ -498,7 +498,7 @@ import compare_bounce as cb
 
 def test_plain_moves_say_the_path():
     g, model = games(2), cb.PenPlain(2, 2, 64)
-    for m, i, R, C, text in b.read_path(g, model.tokens(g)[0][..., 1:], model.shift):
+    for m, i, R, C, text, _ in b.read_path(g, model.tokens(g)[0][..., 1:], shift=model.shift):
         n = len(g["texts"][m])
         assert text == g["texts"][m] and np.array_equal(R, g["R"][m, i, :n]) and np.array_equal(C, g["C"][m, i, :n])
 

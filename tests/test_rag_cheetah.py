@@ -347,7 +347,7 @@ def test_a_users_mistake_is_one_sentence(monkeypatch, tmp_path, capsys):
         assert e.value.code == 2 and len(err.strip().splitlines()) == 1 and "secret" not in err, (flags, err)
     monkeypatch.setenv("OPENAI_API_KEY", "two words")
     with pytest.raises(SystemExit):
-        rag.read_key(rag.get_args(["--llm", "gpt", "--price_in", "1", "--price_out", "2"]), "--llm knn", True)
+        rag.read_key(rag.get_args(["--llm", "gpt", "--price_in", "1", "--price_out", "2"]))
     assert "two words" not in capsys.readouterr().err
 
 

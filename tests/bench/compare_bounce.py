@@ -128,7 +128,7 @@ def raster_exact(model, args, quotes, games):
 
 def run(name, seconds, seed, games=200):
     args = b.get_args(["--height", "9", "12", "--width", "14", "22", "--bars", "3", "--small", "1", "--decoys", "0", "--seed", str(seed)])
-    train, unseen = b.split_quotes(common.read_texts(args.quotes))
+    train, unseen = b.read_quotes(args.quotes)
     file, kind = pathlib.Path(f"out/compare_{os.getpid()}.pt"), LAYOUTS[name]
     args.steps = 16                                     # how many steps fit: measured, then run from nothing with that many
     args.steps = max(args.warmup + 1, int(16 * seconds / b.train(args, train, file, "cpu", kind)[1]))

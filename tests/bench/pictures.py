@@ -43,12 +43,12 @@ def cheetah(targets=(600.0, 2400.0, 4800.0), begin=0, steps=140, every=2):
 def bounce():
     args = b.get_args([])
     args.dtype = common.fast_dtype("cpu")
-    quotes, unseen = b.split_quotes(common.read_texts(args.quotes))
+    quotes, unseen = b.read_quotes(args.quotes)
     model, _ = b.train(args, quotes, b.checkpoint(args, quotes), "cpu")
     games = [b.make_games(np.random.default_rng((0, 5, i)), 1, 1, unseen, [18, 20], [56, 64], args.bars) for i in range(200)]
     legible = lambda R, C: len(set(zip(R, C))) == len(R) and np.ptp(R) > 11 and np.ptp(C) > 20
     g = max(games, key=lambda g: np.count_nonzero(np.diff(g["D"][0, 0])) * legible(g["R"][0, 0], g["C"][0, 0]))
-    _, _, R, C, text = next(b.read_path(g, b.generate(model, g, "cpu")[0]))
+    _, _, R, C, text, _ = next(b.read_path(g, *b.generate(model, g, "cpu")))
     movie = list(b.draw_pen(g["fields"][0], R, C, text))
     palette = movie[-1].quantize(32, dither=Image.Dither.NONE)
     pictures = [m.quantize(palette=palette, dither=Image.Dither.NONE) for m in [*movie, *[movie[-1]] * 15]]

@@ -1,12 +1,11 @@
 """common.py: the uninteresting ground floor under the seven experiments.
 
 What scripts would repeat, and what no one reads for its idea. Copy it beside any script and the script runs.
-    1 errors in one sentence, flags         all         5 HalfCheetah in batches, its episodes    the cheetah's three
-    2 files that are never half-written     all         6 safetensors, JSON                       pythia, lora
-    3 sampling, beam search                 ppo, lora   7 a server that answers, what was paid    selfinstruct
-    4 a renderer without OpenGL, mp4        cheetahs
+    1 errors in one sentence, flags         all         4 a renderer without OpenGL, mp4          the cheetah's three
+    2 files that are never half-written     all         5 HalfCheetah in batches, its episodes    the cheetah's three
+    3 sampling, beam search                 ppo, lora   6 safetensors, JSON                       pythia, lora
 """
-import argparse, collections, contextlib, glob, hashlib, json, math, os, pathlib, platform, re, sys, threading, time
+import argparse, collections, contextlib, glob, hashlib, json, math, os, pathlib, platform, re, sys, time
 
 # torch's threads spin for milliseconds while they wait for each other. with another program busy on one of their cores, a step of
 # dt_cheetah.py then takes 1900 to 2700 ms instead of 55; if they go to sleep sooner, 152, and on a quiet machine still 55
@@ -549,106 +548,3 @@ def write_safetensors(path, spec, tensor_of):
         f.write(len(head).to_bytes(8, "little") + head.encode())
         for name, (dtype, _) in spec.items():
             f.write(tensor_of(name).detach().to("cpu", dtype).contiguous().view(-1).view(torch.uint8).numpy())
-
-# ---- part 7: a server that answers, and what was paid --------------------------------------------------------------------
-OPENAI = "https://api.openai.com/v1"
-
-def read_key(args, free, asks):
-    """The API key, from OPENAI_API_KEY only. It goes into one header and nowhere else: no file, prompt, log or message. asks: whether
-    a model is asked at all; free: the flag with which none is."""
-    if not re.fullmatch(r"https?://[^\s@/]+(/[^\s@]*)?", args.api_base):        # a password would end up in the results
-        sorry("--api_base takes http://host:port/v1 or https://host/v1, and no user or password in it; a key goes into OPENAI_API_KEY")
-    key = os.environ.get("OPENAI_API_KEY", "").strip() if asks else ""
-    if not re.fullmatch(r"[\x21-\x7e]*", key):          # requests would quote the whole header in its complaint
-        sorry("OPENAI_API_KEY holds characters that no key has; set it anew")
-    if asks and not key and args.api_base == OPENAI:
-        sorry(f"set OPENAI_API_KEY, or --api_base for a server of your own, or use {free}, which needs neither")
-    return key
-
-def hide(text, key):
-    """text without the key, should a guide or a server repeat it. Under 8 letters it is what people set for a server that wants none:
-    "none", "x", a part of many words."""
-    return re.sub(r"\bsk-[\w*.-]{8,}", "[key]", text.replace(key, "[key]") if len(key) >= 8 else text)
-
-class Journal:
-    """Append-only JSON lines, on disk before the run goes on: {"ask": n, "bound": $} before a request, {"n": n, "key": its place in the
-    run, "reply": ..., "cost": $} or {"n": n, "free": why} after it. An ask without its second line may have been paid for: it counts
-    with its bound. A reply that is here is never asked for again."""
-    def __init__(self, path):
-        self.replies, self.open, self.asks, self.spent, self.lock = {}, {}, 0, 0.0, threading.Lock()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.file, good = open(path, "ab+"), 0
-        try:
-            import fcntl
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)       # the system lets go of it however we die
-        except ImportError:
-            pass                                                        # windows: two runs at once are the user's care
-        except OSError:
-            sorry(f"another run is writing to {path}; wait for it")
-        self.file.seek(0)
-        for number, line in enumerate(self.file, 1):
-            if not line.endswith(b"\n"):
-                break                                                   # torn by a crash: cut off
-            with reading(f"{path}, line {number} (remove it to go on)"):
-                self.count(json.loads(line))
-            good += len(line)
-        self.file.truncate(good)
-
-    def count(self, line):
-        if "ask" in line:
-            self.open[line["ask"]], self.asks = float(line["bound"]), line["ask"] + 1
-            return
-        self.open.pop(line["n"], None)
-        if "key" in line:
-            self.spent += line["cost"]
-            self.replies.setdefault(line["key"], line)
-
-    def write(self, **line):
-        self.file.write(json.dumps(line).encode() + b"\n")
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.count(line)
-
-def post(args, key, idempotent, body):
-    """One attempt. -> reply, finish, in, out (tokens), seconds; or why, with free=True if nothing can have been billed, retry=False if it
-    is no use, after=seconds if the server asks for a pause. args: api_base, timeout."""
-    import email.utils, requests
-    got, began, url = {}, time.monotonic(), args.api_base.rstrip("/") + "/chat/completions"
-    def auth(request):                      # requests would replace a plain header by what ~/.netrc has for the host
-        if key:
-            request.headers["Authorization"] = f"Bearer {key}"
-        return request
-
-    try:
-        # servers and gateways that know Idempotency-Key answer a repeated request from memory, unpaid; others ignore it
-        with requests.post(url, json=body, auth=auth, headers={"Idempotency-Key": idempotent}, stream=True, allow_redirects=False,
-                           timeout=(min(10, args.timeout), args.timeout)) as r:
-            raw, status, after = b"", r.status_code, r.headers.get("Retry-After")
-            # errors are not billed; but behind a 502 or 504 is a gateway that gave up on a teacher who may answer yet
-            got = dict(why=f"HTTP {status}", free=status not in (200, 502, 504), retry=status in (200, 408, 409, 425, 429) or status >= 500)
-            for block in r.iter_content(65536):
-                raw += block
-                if len(raw) > 1e6 or time.monotonic() - began > 2 * args.timeout:
-                    raise ValueError
-        if status == 200:
-            data = json.loads(raw)
-            text, use = hide(str(data["choices"][0]["message"].get("content") or ""), key), data.get("usage") or {}
-            # a server that does not count: a token is a byte or more, 100 are for the chat template, and no reply is over max_tokens
-            most = dict(prompt_tokens=100 + sum(len(m["content"].encode()) for m in body["messages"]),
-                        completion_tokens=min(body["max_tokens"], len(text.encode("utf-8", "replace"))))
-            used = [use[k] if type(use.get(k)) is int and use[k] >= 0 else most[k] for k in most]
-            got = {"reply": text, "finish": str(data["choices"][0].get("finish_reason")), "in": used[0], "out": used[1],
-                   "seconds": round(time.monotonic() - began, 3)}
-        elif status in (400, 404, 422):
-            said = hide(raw.decode("utf-8", "replace"), key)            # before it is cut: half a key is a secret, too
-            got["why"] += " " + " ".join(re.findall(r'"message": *"([^"]{1,200})', said))
-        elif after:
-            date = None if re.fullmatch(r"[\d.]{1,9}", after) else email.utils.parsedate_to_datetime(after)
-            got["after"] = date.timestamp() - time.time() if date else float(after)
-    except Exception as e:                  # of requests, JSON, dates; only its type is told: its message may quote headers
-        if not got.get("free"):
-            from urllib3.exceptions import ConnectTimeoutError, NewConnectionError, SSLError
-            reason, bad = getattr(e.args[0] if e.args else None, "reason", None), isinstance(e, requests.exceptions.InvalidURL)
-            never = bad or isinstance(reason, (NewConnectionError, ConnectTimeoutError, SSLError))      # nothing was sent
-            got = dict(why=f"{type(e).__name__} in the reply" if got else type(e).__name__, free=never, retry=not bad)
-    return got

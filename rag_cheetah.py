@@ -205,15 +205,14 @@ class Endpoint:
                 fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)   # the system lets go of it however we die
             except OSError:
                 sorry(f"another run is writing to {path}; wait for it")
-        self.file.seek(0)
-        *lines, torn = self.file.read().split(b"\n")
-        self.file.truncate(self.file.tell() - len(torn))                # what a crash has torn is cut off
+        *lines, torn = path.read_bytes().split(b"\n")
         for number, line in enumerate(lines, 1):
             with common.reading(f"{path}, line {number} (remove it to go on)"):
                 self.write(old=True, **json.loads(line))
+        self.file.truncate(self.file.tell() - len(torn))                # torn by a crash: cut off
 
     def write(self, old=False, **line):
-        if not old:                             # from an earlier run: it only counts
+        if not old:                             # an old line, an earlier run's, only counts
             self.file.write(json.dumps(line).encode() + b"\n")
             self.file.flush()
             os.fsync(self.file.fileno())
@@ -221,7 +220,7 @@ class Endpoint:
             self.open[line["ask"]], self.asks = float(line["bound"]), line["ask"] + 1
         else:
             self.open.pop(line["n"], None)
-        if "key" in line:
+        if "reply" in line:
             self.spent += line["cost"]
             self.replies.setdefault(line["key"], line)
 

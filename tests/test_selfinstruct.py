@@ -199,11 +199,17 @@ def test_every_pass_uses_all_text_and_no_text_is_on_both_sides():
     assert {j["variant"] for j in jobs} == set(range(6))
 
 
-def test_chunk_counts_are_the_clipped_gaussian():
-    rng = np.random.default_rng(0)
-    counts = [si.clipped_gaussian(rng, 3, 3.5, 2, 50) for _ in range(5000)]
-    assert min(counts) == 2 and 7 < max(counts) < 25 and 0.45 < np.mean(np.array(counts) == 2) < 0.6      # P(N < 3) = .5
-    assert all(35 <= si.clipped_gaussian(rng, 45, 3, 35, 50) <= 50 for _ in range(1000))
+def test_chunk_counts_are_the_clipped_gaussian(monkeypatch):
+    def drawn(shape, passes):
+        args = arguments("--chunks_for", f"king={shape}", "--passes", passes, "--heldout", 0)
+        counts = [j["cut"][2] for j in si.plan([("king", "", "The king moves one square. " * 99)], args) if j["cut"][1] == 0]
+        assert len(counts) == passes
+        return counts
+    with monkeypatch.context() as patch:
+        patch.setattr(si, "make_job", lambda args, **job: job)
+        counts = drawn("3,3.5,2,50", 5000)
+        assert min(counts) == 2 and 7 < max(counts) < 25 and 0.45 < np.mean(np.array(counts) == 2) < 0.6      # P(N < 3) = .5
+        assert all(35 <= count <= 50 for count in drawn("45,3,35,50", 1000))
     args = arguments("--chunks_for", "King=20,0,2,50", "--passes", 2, "--heldout", 0)
     cut = {j["name"]: j["cut"][2] for j in si.plan(si.read_guides(args)[0], args)}
     assert cut["king"] == 20 and cut["rook"] < 20
@@ -214,8 +220,8 @@ def test_the_six_prompts_differ_and_no_chunk_outgrows_the_context():
     text = "\u65e5\u672c\u8a9e\u3002" * 5000
     jobs = si.plan([("shogi", "s.txt", text)], args)
     for job in jobs:
-        assert len(json.dumps(si.messages(job, args), ensure_ascii=False).encode()) + args.max_tokens < args.context
-    prompts = {si.messages(dict(jobs[0], variant=v), args)[0]["content"] for v in range(6)}
+        assert len(json.dumps(job["body"]["messages"], ensure_ascii=False).encode()) + args.max_tokens < args.context
+    prompts = {si.make_job(args, **dict(jobs[0], variant=v))["body"]["messages"][0]["content"] for v in range(6)}
     assert len(prompts) == 6
 
 # ---- filters ---------------------------------------------------------------------------------------------------------------
@@ -389,7 +395,7 @@ def test_dirty_folder(tmp_path):
     kept = lines(tmp_path / "o" / "train.jsonl") + lines(tmp_path / "o" / "heldout.jsonl")
     rejected = lines(tmp_path / "o" / "rejected.jsonl")
     assert {r["name"] for r in kept} >= {"caf\u00e9 lady", "bom", "wide", "nul", "bad", "\u738b\u5c06", "Bo'Rai", "deep"}
-    assert "\u2013 \u201cboldly\u201d" in si.decode(files["caf\u00e9_lady.txt"])[0]
+    assert "\u2013 \u201cboldly\u201d" in si.to_text(files["caf\u00e9_lady.txt"])[0]
     assert not any("gnore the above" in r["prompt"] for r in kept) and any("gnore the above" in r["prompt"] for r in rejected)
     assert f"rows: {len(kept) + len(rejected)}\n" in text
 
@@ -490,10 +496,10 @@ def hash_of(body):
     return int(__import__("hashlib").sha256(json.dumps(body).encode()).hexdigest()[:8], 16)
 
 
-def in_process(server, guides, out, key="", **more):
+def in_process(server, guides, out, **more):
     """A Teacher and its jobs in this process."""
     args = arguments(*teacher_flags(server, guides, out, **more))
-    return si.Teacher(args, si.Journal(pathlib.Path(out) / "journal.jsonl"), key), si.plan(si.read_guides(args)[0], args)
+    return si.Teacher(args), si.plan(si.read_guides(args)[0], args)
 
 
 def test_max_cost_is_never_passed_even_by_requests_under_way(tmp_path, serve, one_guide):
@@ -503,13 +509,13 @@ def test_max_cost_is_never_passed_even_by_requests_under_way(tmp_path, serve, on
     server = serve(slow)
     more = dict(price_in=10, price_out=1000, max_tokens=100, parallel=8)
     teacher, jobs = in_process(server, one_guide, tmp_path, max_cost=1.3, **more)
-    most = max(teacher.bound(job)[0] for job in jobs)
+    most = max(job["bound"] for job in jobs)
     replies = teacher.ask(jobs, "pairs")
-    assert teacher.book.spent <= 1.3 and teacher.book.spent > 1.3 - 2 * most and teacher.unmade == replies.count(("", "")) > 0
+    assert teacher.spent <= 1.3 and teacher.spent > 1.3 - 2 * most and teacher.unmade == replies.count(("", "")) > 0
     assert len(server.bodies) == len(jobs) - teacher.unmade
     del teacher
     teacher, jobs = in_process(server, one_guide, tmp_path, max_cost=2.0, **more)
-    assert teacher.ask(jobs, "pairs").count(("", "")) < replies.count(("", "")) and 1.3 < teacher.book.spent <= 2.0
+    assert teacher.ask(jobs, "pairs").count(("", "")) < replies.count(("", "")) and 1.3 < teacher.spent <= 2.0
     asked = len(server.bodies)
     for name, price in (("plan", {}), ("free", dict(price_in=0, price_out=0))):
         free, jobs = in_process(server, one_guide, tmp_path / name, **{**more, **price, "max_cost": 0})
@@ -521,13 +527,15 @@ def test_retry_after_is_obeyed_and_a_dead_teacher_ends_in_a_sentence(tmp_path, s
     server = serve(lambda h, body: h.send("{}", 429, Retry_After="0.6") if len(server.bodies) == 1 else h.reply("Q: a?\nA: b."))
     teacher, jobs = in_process(server, one_guide, tmp_path / "a", passes=1, parallel=1)
     assert teacher.ask(jobs[:3], "pairs") == [("Q: a?\nA: b.", "stop")] * 3 and server.times[1] - server.times[0] > 0.55
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
     for status, kept in ((401, 1), (404, 3), (500, 3)):
         server = serve(lambda h, body: h.send('{"error": {"message": "bad %s"}}' % KEY, status))
-        teacher, jobs = in_process(server, one_guide, tmp_path / str(status), key=KEY, parallel=1, retries=3)
+        teacher, jobs = in_process(server, one_guide, tmp_path / str(status), parallel=1, retries=3)
         with pytest.raises(SystemExit) as e:
             teacher.ask(jobs, "pairs")
         err = capsys.readouterr().err
         assert e.value.code == 2 and str(status) in err and KEY not in err and len(server.bodies) == kept
+        assert {h["Authorization"] for h in server.headers} == {f"Bearer {KEY}"}
 
 
 @pytest.mark.parametrize("flood", [completion("Q: Is this a flood?\nA: " + "x" * 10_000_000), "[" * 900_000])
@@ -536,23 +544,23 @@ def test_a_flood_is_left_and_may_have_been_billed(tmp_path, serve, one_guide, fl
     teacher, jobs = in_process(server, one_guide, tmp_path, timeout=60, retries=1)
     with pytest.raises(SystemExit):
         teacher.ask(jobs[:1], "pairs")
-    assert not teacher.book.replies and teacher.book.open == {0: teacher.bound(jobs[0])[0]}
+    assert not teacher.replies and teacher.open == {0: jobs[0]["bound"]}
 
 
 def test_a_full_disk_ends_the_run_instead_of_hanging_it(tmp_path, serve, one_guide, monkeypatch):
     server = serve(lambda handler, body: (time.sleep(0.05), handler.reply("Q: a?\nA: b.")))
     teacher, jobs = in_process(server, one_guide, tmp_path, parallel=4)
-    write = teacher.book.write
+    write = teacher.write
 
     def full(**line):
-        if len(teacher.book.replies) == 5:
+        if len(teacher.replies) == 5:
             raise OSError(28, "No space left on device")
         write(**line)
-    monkeypatch.setattr(teacher.book, "write", full)
+    monkeypatch.setattr(teacher, "write", full)
     begin = time.time()
     with pytest.raises(OSError):
         teacher.ask(jobs, "pairs")
-    assert time.time() - begin < 10 and len(teacher.book.replies) == 5
+    assert time.time() - begin < 10 and len(teacher.replies) == 5
 
 
 def test_the_key_is_nowhere(tmp_path, serve, one_guide):
@@ -575,28 +583,28 @@ def test_the_key_is_nowhere(tmp_path, serve, one_guide):
 
 
 def test_the_journal_mends_a_torn_line_and_refuses_a_broken_one(tmp_path, capsys):
-    path = tmp_path / "journal.jsonl"
-    journal = si.Journal(path)
+    path, args = tmp_path / "journal.jsonl", arguments("--out", tmp_path)
+    journal = si.Teacher(args)
     journal.write(ask=0, bound=0.5, key="a")
     journal.write(n=0, key="a", reply="x", finish="stop", cost=0.25, **{"in": 1, "out": 2})
     journal.write(ask=1, bound=0.5, key="b")
     with pytest.raises(SystemExit):
-        si.Journal(path)                                    # two runs at once
+        si.Teacher(args)                                    # two runs at once
     journal.file.close()
     whole = path.read_bytes()
     for cut in range(len(whole) + 1):                       # a crash may tear it anywhere
         path.write_bytes(whole[:cut])
-        journal = si.Journal(path)
+        journal = si.Teacher(args)
         journal.write(ask=journal.asks, bound=0.125, key="c")
         journal.file.close()
-        again = si.Journal(path)
+        again = si.Teacher(args)
         assert again.open == journal.open and again.spent == journal.spent and again.replies == journal.replies
         again.file.close()
     assert journal.spent == 0.25 and journal.open == {1: 0.5, 2: 0.125} and set(journal.replies) == {"a"}
     path.write_bytes(whole.replace(b'"reply"', b'reply"', 1))
     capsys.readouterr()
     with pytest.raises(SystemExit) as e:
-        si.Journal(path)
+        si.Teacher(args)
     assert e.value.code == 2 and "line 2" in capsys.readouterr().err
 
 # ---- pages -----------------------------------------------------------------------------------------------------------------
@@ -707,11 +715,13 @@ def test_an_address_that_is_none_costs_nothing(base, monkeypatch, tmp_path, one_
     assert e.value.code == 2 and "--api_base takes" in capsys.readouterr().err and not list(tmp_path.glob("out/**/journal.jsonl"))
 
 
-def test_what_was_never_sent_is_free():
-    import types
-    for base in ("http://[::1", "https://127.0.0.1:9/v1", "http://127.0.0.1:9/v1"):
-        got = common.post(types.SimpleNamespace(api_base=base, timeout=2.0), KEY, "k", dict(messages=[], max_tokens=1))
-        assert got["free"] and KEY not in str(got)
+def test_what_was_never_sent_is_free(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    for i, base in enumerate(("http://[::1", "https://127.0.0.1:9/v1", "http://127.0.0.1:9/v1")):
+        args = arguments("--teacher", "t", "--api_base", base, "--timeout", 2, "--price_in", 1, "--price_out", 1, "--out", tmp_path / str(i))
+        teacher = si.Teacher(args)
+        got = teacher.post(si.make_job(args, kind="vet", name="king", q="q", a="a"))
+        assert got["free"] and got["retry"] == (i > 0) and teacher.key == KEY and KEY not in str(got)
 
 
 def test_a_server_that_does_not_count_costs_no_more_than_was_allowed(tmp_path, serve, one_guide):
@@ -720,12 +730,12 @@ def test_a_server_that_does_not_count_costs_no_more_than_was_allowed(tmp_path, s
         handler.send(json.dumps(dict(choices=[dict(message=dict(content=text), finish_reason="length")])))
     teacher, jobs = in_process(serve(silent), one_guide, tmp_path, price_in=10, price_out=1000, max_tokens=100)
     teacher.ask(jobs[:3], "pairs")
-    assert 0 < teacher.book.spent <= sum(teacher.bound(job)[0] for job in jobs[:3]) + 1e-12        # three answers add up in any order
+    assert 0 < teacher.spent <= sum(job["bound"] for job in jobs[:3]) + 1e-12        # three answers add up in any order
 
 
 def test_a_key_that_is_no_secret_is_no_part_of_words():
-    assert common.hide("six knights, none lost", "x") == common.hide("six knights, none lost", "none") == "six knights, none lost"
-    assert common.hide(f"say {KEY}!", KEY) == "say [key]!" and common.hide("sk-abcdefgh12", "") == "[key]"
+    assert si.hide("six knights, none lost", "x") == si.hide("six knights, none lost", "none") == "six knights, none lost"
+    assert si.hide(f"say {KEY}!", KEY) == "say [key]!" and si.hide("sk-abcdefgh12", "") == "[key]"
 
 
 def test_a_console_without_the_letters_shows_question_marks(tmp_path):

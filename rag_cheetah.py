@@ -230,17 +230,18 @@ class Endpoint:
         args, got = self.args, {}
         body = dict(model=args.llm, messages=prompt, temperature=args.temperature, max_tokens=args.max_tokens)
         key = f"{place} {hashlib.sha256(json.dumps(body).encode()).hexdigest()[:16]}"
-        # a token is a byte or more, 100 are for the chat template
-        most = [100 + sum(len(m["content"].encode()) for m in prompt), args.max_tokens]
+        # tokens of the prompt, at most: one is a byte or more; 100 are for the chat template
+        size = 100 + sum(len(m["content"].encode("utf-8", "replace")) for m in prompt)
         price = lambda n_in, n_out: (n_in * args.price_in + n_out * args.price_out) / 1e6
+        bound = price(size, args.max_tokens)
         for tries in range(args.retries if key not in self.replies else 0):
             with self.lock:
-                if not args.max_cost or self.spent + sum(self.open.values()) + price(*most) > args.max_cost:
+                if not args.max_cost or self.spent + sum(self.open.values()) + bound > args.max_cost:
                     raise GivenUp(f"--max_cost ${args.max_cost:g} does not cover the next request (${self.spent:.4f} is spent)")
                 n = self.asks
-                self.write(ask=n, bound=price(*most))
+                self.write(ask=n, bound=bound)
             box = queue.SimpleQueue()       # a thread that may be given up: dripping headers outlive any timeout of a socket
-            threading.Thread(target=lambda: box.put(self.post(key.replace(" ", "-"), body, most)), daemon=True).start()
+            threading.Thread(target=lambda: box.put(self.post(key.replace(" ", "-"), body, size)), daemon=True).start()
             try:
                 got = box.get(timeout=1.5 * args.timeout)
             except queue.Empty:
@@ -270,9 +271,9 @@ class Endpoint:
                         raise GivenUp(f"{args.api_base} does not answer ({got['why']})")
         return self.replies.get(key, dict(reply=None))["reply"]
 
-    def post(self, name, body, most):
+    def post(self, name, body, size):
         """One attempt. -> reply, in, out (tokens), seconds; or why, with free=True if nothing can have been billed, retry=False if it is no
-        use, after=seconds if the server asks for a pause. most: tokens in and out, for a server that does not count."""
+        use, after=seconds if the server asks for a pause. size: tokens of the prompt at most, for a server that does not count."""
         began, got, url, timeout = time.monotonic(), {}, self.args.api_base.rstrip("/") + "/chat/completions", self.args.timeout
         # servers and gateways that know Idempotency-Key answer a repeated request from memory, unpaid; others ignore it
         headers = {"Idempotency-Key": name, "Authorization": f"Bearer {self.key}" if self.key else None}        # None: it is not sent
@@ -290,7 +291,7 @@ class Endpoint:
             if status == 200:
                 data = json.loads(raw)
                 text, use = hide(str(data["choices"][0]["message"].get("content") or ""), self.key), data.get("usage") or {}
-                most = dict(prompt_tokens=most[0], completion_tokens=min(most[1], len(text.encode("utf-8", "replace"))))
+                most = dict(prompt_tokens=size, completion_tokens=min(body["max_tokens"], len(text.encode("utf-8", "replace"))))
                 used = [use[k] if type(use.get(k)) is int and use[k] >= 0 else most[k] for k in most]
                 got = {"reply": text, "in": used[0], "out": used[1], "seconds": round(time.monotonic() - began, 3)}
             elif status in (400, 404, 422):

@@ -264,6 +264,12 @@ def test_who_never_parses_or_never_answers_is_replaced_and_counted(serve, go):
     assert (m["good"], m["fallback"]) == (16, 4) and m["faults"] == {"HTTP 503": 8}
 
 
+def test_half_a_letter_is_no_action_and_no_traceback(serve, go):
+    """Half of a surrogate pair is JSON, but no text: it stands in the prompt that asks for repair."""
+    m, _ = go(serve(lambda h, body: h.reply("\ud83d")), "--episodes", 1, "--max_steps", 3)
+    assert (m["good"], m["repaired"], m["fallback"]) == (0, 0, 3)
+
+
 def test_the_fallback_is_the_neighbours_mean(serve, go):
     m, _ = go(serve(lambda h, body: h.reply("no")), "--episodes", 2, "--max_steps", 30)
     args = rag.get_args(["--dataset", "e.hdf5", "--episodes", "2", "--max_steps", "30"])

@@ -535,16 +535,3 @@ def find_tensors(folder):
         with reading(index):
             files = sorted({os.path.basename(f) for f in read_json(index)["weight_map"].values()})     # beside it, wherever they claim
     return {name: x for f in files for name, x in read_safetensors(single.with_name(f)).items()}
-
-def write_safetensors(path, spec, tensor_of):
-    """spec {name: (dtype, shape)}; tensor_of(name) is asked for one tensor at a time: they need not all be in memory."""
-    table, end, code = {"__metadata__": {"format": "pt"}}, 0, {v: k for k, v in DTYPES.items()}
-    for name, (dtype, shape) in spec.items():
-        begin, end = end, end + math.prod(shape) * dtype.itemsize
-        table[name] = dict(dtype=code[dtype], shape=list(shape), data_offsets=[begin, end])
-    head = json.dumps(table)
-    head += " " * (-len(head) % 8)                  # tensors begin on a multiple of 8
-    with whole_file(path) as part, open(part, "wb") as f:
-        f.write(len(head).to_bytes(8, "little") + head.encode())
-        for name, (dtype, _) in spec.items():
-            f.write(tensor_of(name).detach().to("cpu", dtype).contiguous().view(-1).view(torch.uint8).numpy())

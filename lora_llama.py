@@ -14,7 +14,7 @@ Not handled: other architectures, biases, DoRA, chat templates, 4-bit head or em
 import base64, collections, functools, hashlib, heapq, json, math, os, pathlib, re, shutil, sys, time, types
 
 import common                       # before torch: it says how torch's threads wait
-from common import find_tensors, read_json, read_jsonl, read_safetensors, reading, sorry, write_json, write_safetensors
+from common import find_tensors, read_json, read_jsonl, read_safetensors, reading, sorry, write_json
 import numpy as np
 import torch
 import torch.nn as nn
@@ -202,12 +202,11 @@ def pack(examples, T, rng):
     """examples [(ids, n)] -> sequences of at most T tokens: lists of examples that fit together, each in the first with room.
     Too long an example is cut at T; one whose prompt alone fills T is left out."""
     packed = []
-    for ids, n in ((examples[i][0][:T], examples[i][1]) for i in rng.permutation(len(examples))):
-        if n < T:
-            room = (seq for seq in packed[-64:] if sum(len(other) for other, _ in seq) + len(ids) <= T)
-            if (seq := next(room, None)) is None:
-                packed.append(seq := [])
-            seq.append((ids, n))
+    for ids, n in (examples[i] for i in rng.permutation(len(examples)) if examples[i][1] < T):
+        room = (seq for seq in packed[-64:] if sum(len(other) for other, _ in seq) + len(ids[:T]) <= T)
+        if (seq := next(room, None)) is None:
+            packed.append(seq := [])
+        seq.append((ids[:T], n))
     return packed
 
 def collate(packed, device):
@@ -221,7 +220,7 @@ def collate(packed, device):
 
 def only_own_example(doc):
     """doc (B, T) example numbers -> mask (B, 1, T, T): a token sees itself and what came before it in its own example."""
-    return ((doc[:, :, None] == doc[:, None, :]) & torch.ones(doc.size(1), doc.size(1), dtype=torch.bool, device=doc.device).tril())[:, None]
+    return (doc[:, :, None] == doc[:, None, :]).tril()[:, None]
 
 # ---- the model ---------------------------------------------------------------------------------------------------------------
 # nanoGPT's letters: B sequences, T tokens, C = n_embd, nh query heads of size hs, nkv key-value heads; S keys, past ones included
@@ -240,11 +239,10 @@ def read_config(path):
         heads, eos, bos = c["num_attention_heads"], c.get("eos_token_id", 2), c.get("bos_token_id", 1)  # eos may be a list
         sizes = dict(vocab_size=c["vocab_size"], n_embd=c["hidden_size"], n_ff=c["intermediate_size"], n_layer=c["num_hidden_layers"],
                      n_head=heads, n_kv_head=c.get("num_key_value_heads") or heads, head_dim=c.get("head_dim") or c["hidden_size"] // heads)
-        stretch = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        stretch = [float(rope[k]) for k in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings") if kind == "llama3"]
         cfg = types.SimpleNamespace(
-            **sizes, eps=float(c.get("rms_norm_eps", 1e-6)), theta=float(rope.get("rope_theta") or c.get("rope_theta", 1e4)),
-            stretch=[float(rope[k]) for k in stretch] if kind == "llama3" else [], tied=bool(c.get("tie_word_embeddings")),
-            bos=[] if bos is None else [bos], eos=eos if isinstance(eos, list) else [eos])
+            **sizes, stretch=stretch, theta=float(rope.get("rope_theta") or c.get("rope_theta", 1e4)), tied=bool(c.get("tie_word_embeddings")),
+            eps=float(c.get("rms_norm_eps", 1e-6)), bos=[] if bos is None else [bos], eos=eos if isinstance(eos, list) else [eos])
         if not (all(type(i) is int and 0 <= i < cfg.vocab_size for i in cfg.bos + cfg.eos) and min(*sizes.values(), *cfg.stretch) > 0
                 and cfg.n_head % cfg.n_kv_head == cfg.head_dim % 2 == 0 <= cfg.eps < 1 < cfg.theta < math.inf):
             raise ValueError("its numbers do not fit each other")           # whether the tensors fit them is for load_model to see
@@ -257,9 +255,8 @@ def rotary(cfg, pos, dtype):
         factor, low, high, context = cfg.stretch
         mix = ((context * freq / (2 * math.pi) - low) / (high - low)).clamp(0, 1)       # by turns in the original context:
         freq = (1 - mix) * freq / factor + mix * freq               # fast pairs stay, slow ones stretch, those between mix
-    angle = pos[:, None, :, None].float() * freq                                        # (B, 1, T, hs / 2)
-    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
-    return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)                        # signed for rotate()
+    angle = pos[:, None, :, None].float() * torch.cat([-freq, freq])                    # (B, 1, T, hs); the minus is rotate()'s -sin
+    return angle.cos().to(dtype), angle.sin().to(dtype)
 
 def rotate(x, cos, sin):
     """x (B, heads, T, hs): turn the pairs (x_i, x_{i + hs/2}), the order in which Hugging Face keeps Llama's rows."""
@@ -312,8 +309,7 @@ class Llama(nn.Module):
         self.cfg, self.grad_checkpoint = cfg, False
         embed, layers = nn.Embedding(cfg.vocab_size, cfg.n_embd), nn.ModuleList(Block(cfg, i) for i in range(cfg.n_layer))
         self.model = nn.ModuleDict(dict(embed_tokens=embed, layers=layers, norm=nn.RMSNorm(cfg.n_embd, cfg.eps)))
-        if not cfg.tied:                # else the embedding is the head
-            self.lm_head = Linear(cfg.n_embd, cfg.vocab_size)
+        self.lm_head = None if cfg.tied else Linear(cfg.n_embd, cfg.vocab_size)         # None: the embedding is the head
     def forward(self, ids, pos=None, mask=None, cache=None):
         """ids, pos (B, T), mask (B, 1, T, S) bool or None for plain causal -> hidden states (B, T, C), for logits()."""
         T, past = ids.size(1), cache.T if cache else 0
@@ -341,6 +337,9 @@ NF4_CODE = torch.tensor([-1, -0.6961928009986877, -0.5250730514526367, -0.394917
                          -0.09105003625154495, 0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
                          0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1])
 MIDPOINTS = (NF4_CODE[1:] + NF4_CODE[:-1]) / 2
+# the 256 values of signed 8-bit dynamic quantization (arXiv 1511.04561), sorted: means of neighbours, 2^e in each of seven decades, 0 and 1
+MEANS = torch.cat([10**(e - 6) * torch.linspace(0.1, 1, 2**e + 1).unfold(0, 2, 1).mean(1) for e in range(7)])
+DYNAMIC = torch.cat([-MEANS, MEANS, torch.tensor([0., 1.])]).sort().values
 BLOCK, BLOCK2 = 64, 256         # weights that share a maximum; maxima that share one when they are quantized too
 CHUNK = 1 << 18                 # elements worked on at once: they stay in a core's cache
 
@@ -348,13 +347,12 @@ class NF4(collections.namedtuple("NF4", "packed absmax shape block nested")):
     """A matrix in 4 bits: two codes a byte, the first in the high nibble, times a maximum per block, row-major.
     nested: None, or (code, absmax, offset, block) with which absmax, then uint8, is itself dequantized."""
     def nbytes(self):
-        return sum(t.nbytes for t in (self.packed, self.absmax, *(self.nested or ())) if torch.is_tensor(t))
-
-def dynamic_map():
-    """The 256 values of signed 8-bit dynamic quantization (arXiv 1511.04561), sorted: seven decades, 2^e values in each."""
-    edges = [torch.linspace(0.1, 1, 2**e + 1) for e in range(7)]
-    means = torch.cat([10**(e - 6) * ((x[:-1] + x[1:]) / 2) for e, x in enumerate(edges)])
-    return torch.cat([-means, means, torch.tensor([0., 1.])]).sort().values
+        return sum(t.nbytes for t in (*self, *(self.nested or ())) if torch.is_tensor(t))
+    def arguments(self, tile):
+        """How both kernels are told of it, tile weights at once; where there is no second quantization, anything stands in its place."""
+        code2, absmax2, offset, block2 = self.nested or (self.absmax, self.absmax, 0.0, 1)
+        tensors = self.packed, self.absmax, code2, absmax2, offset, tables(self.packed.device)[2]
+        return tensors, dict(HALF=self.block // 2, BLOCK2=block2, NB=max(1, tile // self.block))
 
 @functools.lru_cache
 @torch.inference_mode(False)                # they outlive the call that first wants them
@@ -365,7 +363,7 @@ def tables(device):
     ends = torch.stack([top.view(torch.float32), (top | 0xffff).view(torch.float32)]).nan_to_num(0).sort(0).values
     low, high = torch.bucketize(ends, MIDPOINTS)
     threshold = torch.where(high > low, MIDPOINTS[low.clamp(max=14)], torch.inf)
-    pairs = torch.stack([NF4_CODE.repeat_interleave(16), NF4_CODE.repeat(16)], 1)       # (256, 2), fetched as 8 bytes at once
+    pairs = torch.cartesian_prod(NF4_CODE, NF4_CODE)                                    # (256, 2), fetched as 8 bytes at once
     return low.to(device, torch.uint8), threshold.to(device), NF4_CODE.to(device), pairs.view(torch.int64)[:, 0].to(device)
 
 def quantize_nf4(w, double=True):
@@ -374,15 +372,15 @@ def quantize_nf4(w, double=True):
     flat = F.pad(flat, (0, -n % BLOCK)) if n % BLOCK else flat
     packed, absmax = torch.empty(len(flat) // 2, dtype=torch.uint8, device=device), torch.empty(len(flat) // BLOCK, device=device)
     low, threshold, *_ = tables(device)
-    for i in range(0, len(flat), CHUNK):
-        x = flat[i:i + CHUNK].view(-1, BLOCK).float()                   # (blocks, 64)
-        top = absmax[i // BLOCK:(i + CHUNK) // BLOCK].copy_(x.abs().amax(1))
+    for x, byte, top in zip(flat.split(CHUNK), packed.split(CHUNK // 2), absmax.split(CHUNK // BLOCK)):
+        x = x.view(-1, BLOCK).float()                                   # (blocks, 64)
+        torch.amax(x.abs(), 1, out=top)
         x = (x * (1 / top.clamp(min=1e-38))[:, None]).view(-1)          # the reciprocal first, as bitsandbytes: last bits differ
         key = (x.view(torch.int32) >> 16) & 0xffff                      # the upper half of each float
         code = low.index_select(0, key) + (x > threshold.index_select(0, key))
-        torch.add(code[::2] << 4, code[1::2], out=packed[i // 2:(i + CHUNK) // 2])
+        torch.add(code[::2] << 4, code[1::2], out=byte)
     if double:
-        offset, code = absmax.mean(), dynamic_map().to(device)
+        offset, code = absmax.mean(), DYNAMIC.to(device)
         rows = F.pad(absmax - offset, (0, -len(absmax) % BLOCK2)).view(-1, BLOCK2)  # signed: the mean is taken off first
         top = rows.abs().amax(1)  # one fp32 for 256 maxima of 64 weights: 0.002 bits each
         rows = torch.bucketize(rows * (1 / top.clamp(min=1e-38))[:, None], (code[1:] + code[:-1]) / 2)
@@ -393,17 +391,17 @@ def dequantize_nf4(q, dtype):
     """NF4 -> a tensor of its shape. The product is made in fp32 and rounded once, as in bitsandbytes."""
     n, packed, absmax = math.prod(q.shape), q.packed, q.absmax
     if triton and (packed.is_cuda or INTERPRETED) and n % q.block == 0:
-        out, (tensors, sizes) = torch.empty(q.shape, dtype=dtype, device=packed.device), kernel_arguments(q, 4096)
-        dequantize_kernel[(triton.cdiv(len(absmax), sizes["NB"]),)](*tensors, tables(packed.device)[2], out, len(absmax), num_warps=2, **sizes)
+        out, (tensors, sizes) = torch.empty(q.shape, dtype=dtype, device=packed.device), q.arguments(4096)
+        dequantize_kernel[(triton.cdiv(len(absmax), sizes["NB"]),)](*tensors, out, len(absmax), num_warps=2, **sizes)
         return out
     if q.nested:
         code, top, offset, block = q.nested
         absmax = code[absmax.int()] * top.repeat_interleave(block)[:len(absmax)] + offset
     packed = F.pad(packed, (0, -len(packed) % (q.block // 2))) if 2 * len(packed) % q.block else packed
     pairs, out = tables(packed.device)[3], torch.empty(2 * len(packed), dtype=dtype, device=packed.device)
-    for i in range(0, len(out), CHUNK):
-        x = pairs.index_select(0, packed[i // 2:(i + CHUNK) // 2].int()).view(torch.float32).view(-1, q.block)  # (blocks, block)
-        out[i:i + CHUNK].view(-1, q.block).copy_(x.mul_(absmax[i // q.block:(i + CHUNK) // q.block, None]))
+    for w, byte, top in zip(out.split(CHUNK), packed.split(CHUNK // 2), absmax.split(CHUNK // q.block)):
+        x = pairs.index_select(0, byte.int()).view(torch.float32).view(-1, q.block)                             # (blocks, block)
+        w.view(-1, q.block).copy_(x.mul_(top[:, None]))
     return out[:n].view(q.shape)
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -443,11 +441,6 @@ if triton:
             total += (first * even + second * odd) * maxima(row * n_blocks + b, b < n_blocks, absmax, code2, absmax2, offset, BLOCK2)[:, None]
         tl.store(y + row, tl.sum(tl.reshape(total, (NB * HALF,)), 0).to(tl.bfloat16))
 
-def kernel_arguments(q, tile):
-    """How both kernels are told of an NF4, tile weights at once; where there is no second quantization, anything stands in its place."""
-    code2, absmax2, offset, block2 = q.nested or (q.absmax, q.absmax, 0.0, 1)
-    return (q.packed, q.absmax, code2, absmax2, offset), dict(HALF=q.block // 2, BLOCK2=block2, NB=max(1, tile // q.block))
-
 class MatMul4(torch.autograd.Function):
     """x W^T with W in NF4. W is unpacked anew for the backward pass: kept, all layers together are the 16-bit model."""
     @staticmethod
@@ -478,8 +471,8 @@ class Linear(nn.Module):
         if self.q is None:
             y = times(x, self.weight)
         elif triton and (x.is_cuda or INTERPRETED) and alone and n_in % self.q.block == 0:
-            y, (tensors, sizes) = x.new_empty(*x.shape[:-1], n_out), kernel_arguments(self.q, 2048)
-            matvec_kernel[(n_out,)](*tensors, tables(x.device)[2], x.contiguous(), y, n_in // self.q.block, num_warps=1, **sizes)
+            y, (tensors, sizes) = x.new_empty(*x.shape[:-1], n_out), self.q.arguments(2048)
+            matvec_kernel[(n_out,)](*tensors, x.contiguous(), y, n_in // self.q.block, num_warps=1, **sizes)
         else:
             y = MatMul4.apply(x, self.q)                                # (..., n_out)
         if self.lora_A is not None:
@@ -507,17 +500,28 @@ def add_lora(model, args, names=None):
 STATE = ".quant_state.bitsandbytes__nf4"            # what bitsandbytes keeps beside an NF4 matrix and nowhere else
 PEFT = "base_model.model."                          # what stands before each name in peft's files
 
+def write_safetensors(path, spec, tensor_of):
+    """spec {name: (dtype, shape)}; tensor_of(name) is asked for one tensor at a time: they need not all be in memory."""
+    table, end, code = {"__metadata__": {"format": "pt"}}, 0, {v: k for k, v in common.DTYPES.items()}
+    for name, (dtype, shape) in spec.items():
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
+        table[name] = dict(dtype=code[dtype], shape=list(shape), data_offsets=[begin, end])
+    head = (text := json.dumps(table)) + " " * (-len(text) % 8)          # tensors begin on a multiple of 8
+    with common.whole_file(path) as part, open(part, "wb") as f:
+        f.write(len(head).to_bytes(8, "little") + head.encode())
+        for name, (dtype, _) in spec.items():
+            f.write(tensor_of(name).detach().to("cpu", dtype).contiguous().view(-1).view(torch.uint8).numpy())
+
 def stored_nf4(name, found, device):
     """An NF4 as bitsandbytes writes it: beside `name` lie its .absmax, .quant_map, .quant_state and, if nested, two more."""
     with reading(f"{name} in {found[name].path}, which should be in bitsandbytes' NF4 layout,"):
         state = json.loads(bytes(found[name + STATE].tensor().tolist()))
         shape, block, block2 = tuple(state["shape"]), state["blocksize"], state.get("nested_blocksize")
-        n_blocks, sizes, small, full = -(-math.prod(shape) // block), [2**i for i in range(5, 13)], torch.uint8, torch.float32
+        n_blocks, sizes, small, full = -(-math.prod(shape) // block), {None, *(2**i for i in range(5, 13))}, torch.uint8, torch.float32
         parts = {"": ((math.prod(shape) + 1) // 2, small), ".absmax": (n_blocks, small if block2 else full), ".quant_map": (16, full)}
         parts |= {".nested_quant_map": (256, full), ".nested_absmax": (-(-n_blocks // block2), full)} if block2 else {}
-        fit = all((math.prod(found[name + k].shape), found[name + k].dtype) == part for k, part in parts.items())
-        packed, absmax, code, *nested = (found[name + k].tensor().view(-1).to(device, copy=True) for k in parts)
-        if not fit or block not in sizes or block2 not in [None, *sizes] or not torch.equal(code.cpu(), NF4_CODE):
+        packed, absmax, code, *nested = tensors = [found[name + k].tensor().view(-1).to(device, copy=True) for k in parts]
+        if [(len(x), x.dtype) for x in tensors] != [*parts.values()] or not {block, block2} <= sizes or not torch.equal(code.cpu(), NF4_CODE):
             raise ValueError("its parts do not fit each other")
         return NF4(packed, absmax, shape, block, (*nested, float(state["nested_offset"]), block2) if block2 else None)
 
@@ -533,8 +537,7 @@ def load_model(folder, dtype="auto", four_bit=False, double=True, device="cpu"):
     dtype = FLOATS[dtype if dtype != "auto" else "float32" if stored == torch.float32 else "bfloat16"]
     inner, max_error, sum_error, seen = linears(model), 0.0, 0.0, 0
     for name, p in tqdm(list(model.named_parameters()), desc="load", unit="tensor", disable=True if RANK else None):
-        name in found or sorry(f"{folder} lacks the tensor {name}")
-        x, owner = found[name], model.get_submodule(name.removesuffix(".weight"))
+        x, owner = found.get(name) or sorry(f"{folder} lacks the tensor {name}"), model.get_submodule(name.removesuffix(".weight"))
         q = stored_nf4(name, found, device) if name + STATE in found else None
         fits = (q or x).shape == tuple(p.shape) and (q or x.dtype in FLOATS.values())
         fits or sorry(f"{name} in {x.path} is {x.dtype} {(q or x).shape}; floats of {tuple(p.shape)} were expected")
@@ -568,9 +571,8 @@ def load_adapter(model, folder, args):
     """Put a peft-format adapter on the model; args.lora_r and the like become the adapter's own."""
     path = pathlib.Path(folder) / "adapter_config.json"
     c, found = read_json(path), read_safetensors(path.with_name("adapter_model.safetensors"))
-    for k, v in c.items():
-        if v and k not in HARMLESS and v not in FINE.get(k, []):
-            sorry(f"{path} sets {k} to {str(v)[:40]}, which is not handled")
+    for k in [k for k, v in c.items() if v and k not in HARMLESS and v not in FINE.get(k, [])]:
+        sorry(f"{path} sets {k} to {str(c[k])[:40]}, which is not handled")
     with reading(path.parent):
         state = {n.removeprefix(PEFT).removesuffix(".weight"): x.tensor() for n, x in found.items() if x.dtype in FLOATS.values()}
         names, ranks = {n.rpartition(".")[0] for n in state}, {len(x) for n, x in state.items() if n.endswith("lora_A")}
@@ -695,8 +697,7 @@ def train(model, packed, epochs, lr, batch_size, path, args, name):
         print(f"{name}: goes on from step {start}")
     bar = tqdm(range(start, steps), desc=name, unit="step", initial=start, total=steps, disable=True if RANK else None)
     for step in bar:                            # the rate goes up in a line, then down to a tenth in a cosine
-        rate = (step + 1) / warm if step < warm else 0.55 + 0.45 * math.cos(math.pi * (step - warm) / max(1, steps - warm))
-        opt.param_groups[0]["lr"] = lr * rate
+        opt.param_groups[0]["lr"] = lr * min((step + 1) / warm, 0.55 + 0.45 * math.cos(math.pi * max(0, step - warm) / max(1, steps - warm)))
         order = np.random.default_rng([args.seed, step // per_epoch]).permutation(len(packed))
         batch = [packed[i] for i in order[step % per_epoch * batch_size:][:batch_size]]
         count = sum(len(ids) - n for seq in batch for ids, n in seq)                    # answer tokens of all processes
@@ -785,8 +786,7 @@ def main():
         for was, now in zip(before, after):
             print(f"{now['prompt']!r}, wanted {now['answer']!r}\n    before {was['completion']!r}\n    after  {now['completion']!r}")
     if RANK == 0:
-        if args.epochs > 0:
-            save_adapter(model, out, args, folder)
+        args.epochs > 0 and save_adapter(model, out, args, folder)
         if asked:
             text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in complete(model, asked, tok, args))
             with common.whole_file(out / "completions.jsonl") as part:

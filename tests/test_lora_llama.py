@@ -308,7 +308,7 @@ def test_nf4_zero_block_and_tail():
 
 def test_double_quantization():
     torch.manual_seed(1)
-    assert torch.equal(L.dynamic_map(), bnb().create_dynamic_map())
+    assert torch.equal(L.DYNAMIC, bnb().create_dynamic_map())
     for shape in ((64, 64), (512, 320), (1024, 1024)):
         w = torch.randn(shape) * torch.rand(shape[0], 1)
         q = L.quantize_nf4(w)
@@ -317,7 +317,7 @@ def test_double_quantization():
         # its C++ for 8 bits rounds within 1e-5 of a midpoint either way; its torch code, taken for doubles, is the nearest value, as ours
         assert (q.absmax.int() - state.absmax.int()).abs().max() <= 1 and (q.absmax != state.absmax).float().mean() < 0.01
         maxima = L.quantize_nf4(w, double=False).absmax
-        exact = torch.ops.bitsandbytes.quantize_blockwise.default((maxima - state.offset).double(), L.dynamic_map(), 256)[0]
+        exact = torch.ops.bitsandbytes.quantize_blockwise.default((maxima - state.offset).double(), L.DYNAMIC, 256)[0]
         assert torch.equal(q.absmax, exact.view(-1))
         state.absmax = q.absmax
         assert torch.allclose(L.dequantize_nf4(q, torch.float32), bnb().dequantize_4bit(packed, state), atol=1e-7)

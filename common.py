@@ -204,6 +204,29 @@ def fetch_hub(name, wanted, rank=0, instead=""):
             download(f"{hub}/{name}/resolve/main/{f}", folder / f, *files[f], headers=headers)
     return folder
 
+class Journal:
+    """JSON lines, each on disk before the run goes on. Who inherits has a count(line), which is told of each, old and new."""
+    def __init__(self, path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.file = open(path, "ab+")
+        with contextlib.suppress(ImportError):          # windows has no fcntl: two runs at once are the user's care
+            import fcntl
+            try:
+                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)           # the system lets go of it however we die
+            except OSError:
+                sorry(f"another run is writing to {path}; wait for it")
+        *lines, torn = path.read_bytes().split(b"\n")
+        for number, line in enumerate(lines, 1):
+            with reading(f"{path}, line {number} (remove it to go on)"):
+                self.count(json.loads(line))
+        self.file.truncate(self.file.tell() - len(torn))                        # torn by a crash: cut off
+
+    def write(self, **line):
+        self.file.write(json.dumps(line).encode() + b"\n")
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.count(line)
+
 def log_result(script, args, seconds, metrics):
     """Print the one result line of a run and append it, with all that is needed to make it again, to out/results.jsonl."""
     hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} x{os.cpu_count()}"

@@ -13,7 +13,7 @@ After the RAG demonstration of Small-LLM, whose code was never published: the pr
 3. HalfCheetah-v5, whatever the prompt says
 Not handled: models that refuse temperature or max_tokens; replies in pieces (streaming); other environments.
 """
-import collections, concurrent.futures, contextlib, hashlib, json, os, pathlib, queue, re, threading, time
+import collections, concurrent.futures, hashlib, json, os, pathlib, queue, re, threading, time
 
 import common                       # before torch: it says how torch's threads wait
 from common import Cheetahs, sorry
@@ -189,33 +189,17 @@ def hide(text, key):
 class GivenUp(Exception):
     """A sentence that a request's thread has for the user; the main thread says it, once."""
 
-class Endpoint:
+class Endpoint(common.Journal):
     """The server, and a journal of what was asked and paid: {"ask": n, "bound": $} before a request, {"n": n, "key": its place in the run,
-    "reply": ..., "cost": $} or {"n": n, "free": why} after it, each line on disk before the run goes on. An ask without its second
-    line may have been paid for: it counts with its bound. A reply that is here is never asked for again."""
+    "reply": ..., "cost": $} or {"n": n, "free": why} after it. An ask without its second line may have been paid for: it counts with
+    its bound. A reply that is here is never asked for again."""
     def __init__(self, args, path, key):
         self.args, self.key, self.lock, self.stop = args, key, threading.Lock(), threading.Event()
         self.replies, self.open, self.asks, self.spent = {}, {}, 0, 0.0
         self.faults, self.lost, self.unanswered = collections.Counter(), [], 0
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = open(path, "ab+")
-        with contextlib.suppress(ImportError):                          # windows: two runs at once are the user's care
-            import fcntl
-            try:
-                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)   # the system lets go of it however we die
-            except OSError:
-                sorry(f"another run is writing to {path}; wait for it")
-        *lines, torn = path.read_bytes().split(b"\n")
-        for number, line in enumerate(lines, 1):
-            with common.reading(f"{path}, line {number} (remove it to go on)"):
-                self.write(old=True, **json.loads(line))
-        self.file.truncate(self.file.tell() - len(torn))                # torn by a crash: cut off
+        super().__init__(path)
 
-    def write(self, old=False, **line):
-        if not old:                             # an old line, an earlier run's, only counts
-            self.file.write(json.dumps(line).encode() + b"\n")
-            self.file.flush()
-            os.fsync(self.file.fileno())
+    def count(self, line):
         if "ask" in line:
             self.open[line["ask"]], self.asks = float(line["bound"]), line["ask"] + 1
         else:

@@ -63,6 +63,7 @@ def get_args(argv=None):
     p.flag("rouge", 0.7, "a question nearer than this to a kept one (ROUGE-L) is dropped (Self-Instruct's)", high=1)
     p.flag("vet", True, "ask the teacher of each pair whether it names somebody from outside the game")
     p.flag("seed", 0, "of chunk counts, prompts and the held-out split", low=0)
+    # what comes out
     p.flag("out", "out/selfinstruct", "folder of journal, pages, pairs and report")
     p.flag("smoke", False, "the same path with two passes")
     args = p.parse_args(argv, smoke=dict(passes=2))
@@ -96,8 +97,9 @@ def hide(text, key):
 # ---- sources: whatever people have, to clean text --------------------------------------------------------------------------
 class Page(html.parser.HTMLParser):
     """HTML, however broken -> parts [(paragraph, whether it stands in a frame: a menu, a footer)]. Code goes, and what is mostly links."""
-    KINDS = dict(code="title script style noscript template svg iframe", frame="nav header footer aside form button select", link="a",
-                 block="p div br li ul ol tr td th table section article main h1 h2 h3 h4 h5 h6 pre dt dd hr body")
+    KIND = {tag: kind for kind, tags in dict(
+        code="title script style noscript template svg iframe", frame="nav header footer aside form button select", link="a",
+        block="p div br li ul ol tr td th table section article main h1 h2 h3 h4 h5 h6 pre dt dd hr body").items() for tag in tags.split()}
 
     def __init__(self, page):
         super().__init__()
@@ -109,11 +111,13 @@ class Page(html.parser.HTMLParser):
         self.flush()
 
     def handle_starttag(self, tag, attrs, step=1):
-        kind = next((kind for kind, tags in self.KINDS.items() if tag in tags.split()), None)
+        kind = self.KIND.get(tag)
         if kind in ("block", "frame"):
             self.flush()
         self.depth[kind] = max(0, self.depth[kind] + step)              # max: a stray end tag opens nothing
-    handle_endtag = functools.partialmethod(handle_starttag, attrs=(), step=-1)
+
+    def handle_endtag(self, tag):
+        self.handle_starttag(tag, (), -1)
 
     def handle_data(self, data):
         if not self.depth["code"]:
@@ -281,33 +285,16 @@ def cloze(job):
             pairs.append(f"Q: Fill in the blank about the {job['name']}: {hidden}\nA: {word}")
     return "\n\n".join(pairs)
 
-class Teacher:
+class Teacher(common.Journal):
     """Asks jobs of --teacher, --parallel at once. What it says is in the journal before anyone uses it, and never asked for again. Of these
     append-only JSON lines {"ask": n, "bound": $} is on disk before a request, {"n": n, "key": the job's, "reply": ..., "cost": $} or
     {"n": n, "free": why} after it. An ask without its second line may have been paid for: it counts with its bound."""
     def __init__(self, args):
         self.args, self.key, self.lock, self.stop = args, read_key(args), threading.Lock(), threading.Event()
         self.replies, self.open, self.asks, self.spent, self.unmade, self.in_a_row, self.why = {}, {}, 0, 0.0, 0, 0, ""
-        path = pathlib.Path(args.out) / "journal.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = open(path, "ab+")
-        with contextlib.suppress(ImportError):          # windows has no fcntl: two runs at once are the user's care
-            import fcntl
-            try:
-                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)           # the system lets go of it however we die
-            except OSError:
-                sorry(f"another run is writing to {path}; wait for it")
-        *lines, torn = path.read_bytes().split(b"\n")
-        for number, line in enumerate(lines, 1):
-            with common.reading(f"{path}, line {number} (remove it to go on)"):
-                self.write(old=True, **json.loads(line))
-        self.file.truncate(self.file.tell() - len(torn))                # torn by a crash: cut off
+        super().__init__(pathlib.Path(args.out) / "journal.jsonl")
 
-    def write(self, old=False, **line):
-        if not old:                             # an old line, an earlier run's, only counts
-            self.file.write(json.dumps(line).encode() + b"\n")
-            self.file.flush()
-            os.fsync(self.file.fileno())
+    def count(self, line):
         if "ask" in line:
             self.open[line["ask"]], self.asks = float(line["bound"]), line["ask"] + 1
         else:
@@ -325,8 +312,10 @@ class Teacher:
         total, most = len(replies) + len(todo), sum(job["bound"] for job in todo.values())
         print(f"{label}: {len(todo)} of {len(jobs)} to ask, for ${most:.2f} at most; ${self.spent:.2f} of ${args.max_cost:.2f} spent")
         with concurrent.futures.ThreadPoolExecutor(args.parallel) as pool:
+            tasks = [pool.submit(self.one, job) for job in todo.values()]
             try:
-                for _ in (bar := tqdm(pool.map(self.one, todo.values()), label, len(todo), disable=None)):      # raises what threads raise
+                for task in (bar := tqdm(concurrent.futures.as_completed(tasks), label, len(tasks), disable=None)):
+                    task.result()               # raises what the thread raised
                     bar.set_postfix_str(f"${self.spent:.2f} of about ${self.spent * total / max(1, len(replies)):.2f}")
             except BaseException:           # what waits is not asked; what is under way is waited for, it is paid
                 print("\nwaiting for what is under way", file=sys.stderr)
@@ -343,7 +332,8 @@ class Teacher:
                 if self.stop.is_set() or not self.args.max_cost or self.spent + sum(self.open.values()) + job["bound"] > self.args.max_cost:
                     self.unmade += 1
                     return
-                self.write(ask=(n := self.asks), bound=job["bound"])
+                n = self.asks
+                self.write(ask=n, bound=job["bound"])
             got = self.post(job)
             with self.lock:
                 if "reply" in got:
@@ -399,17 +389,24 @@ class Teacher:
 VARIATIONS = [a + b for a in ("", "Questions should be as technical as possible.\n")
               for b in ("", "Answers should be concise.\n", "Answers should be lengthy.\n")]       # six, drawn per chunk
 CJK = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"             # scripts without spaces: every character is a word
-tokens = lambda text: re.findall(f"[{CJK}]|[^\\W{CJK}]+", text.lower())      # words, as ROUGE counts them, in any script
 STOP = set("""a about all also an and any are as at be because been before but by can could did do does for from had has have
     how if in into is it its may more most must of on one or other s should so such than that the their them then there these
     they this to was were what when where which while who whose why will with would you your""".split())    # "not", "no" stay
-content = lambda text: {w.removesuffix("s") if len(w) > 3 else w for w in tokens(text) if w not in STOP}  # what bears meaning, no plural s
 MENTION = re.compile(r"(?i)\b(guide|passage|excerpt|article|(the|this|given|provided) (text|author|chunk))\b")
 MARK = r"(?im)^[ \t>*#\d.()-]{0,12}(?:%s)[ \t]{0,4}\d{0,4}[ \t]{0,4}[:.)][*_]{0,2}[ \t]*"  # "1. **Q:** ", "Question 1: "
 PAIR, ANSWER = re.compile(MARK % "q|question"), re.compile(MARK % "a|answer")
 
+def tokens(text):
+    """Lower-case words, as ROUGE counts them, in any script."""
+    return re.findall(f"[{CJK}]|[^\\W{CJK}]+", text.lower())
+
+def content(text):
+    """The set of words that carry meaning, plural s dropped."""
+    return {w.removesuffix("s") if len(w) > 3 else w for w in tokens(text) if w not in STOP}
+
 def chunks(text, n, most):
-    """text -> n like pieces, cut where a paragraph, sentence or word ends; more if one is over `most` bytes. Joined they are the text."""
+    """text -> n pieces of about equal length, cut where a paragraph, sentence or word ends nearby; more than n if a piece would have over
+    `most` bytes. Joined they are text again."""
     while True:
         cuts, near = [0], min(200, len(text) // (4 * n))        # how far a cut may move: neighbours' cuts never meet
         for at in (round(i * len(text) / n) for i in range(1, n)):
@@ -475,8 +472,9 @@ def lcs(where, m, b):
     return m - v.bit_count()
 
 class RougeIndex:
-    """Kept questions. near(words): has one a ROUGE-L (f-measure) over t with words? Exact: 2 LCS / (m + n) > t takes an LCS over
-    t (m + n) / 2, and none is longer than what two share as bags of words. An inverted index counts that in one pass; few are left."""
+    """Kept questions. near(words): has one a ROUGE-L (f-measure) over t with words? Exact, through an inverted index: 2 LCS / (m + n) > t
+    takes an LCS over t (m + n) / 2, and no LCS is longer than what two questions share as bags of words. Sharing is counted for all kept
+    questions in one pass over the lists of the words; few are left to work out an LCS for."""
     def __init__(self, t):
         self.t, self.kept, self.lengths = t, [], array.array("q")
         self.index = collections.defaultdict(lambda: array.array("q"))      # (word, its how many-th) -> questions that have it
@@ -565,7 +563,8 @@ def main():
     teacher, out, rows = Teacher(args), pathlib.Path(args.out), []
     replies = teacher.ask(jobs, "pairs")
     if not args.max_cost and teacher.unmade:
-        return print(f"--max_cost 0: {teacher.unmade} requests were not made, and no file was written")
+        print(f"--max_cost 0: {teacher.unmade} requests were not made, and no file was written")
+        return
     for job, (reply, finish) in zip(jobs, replies):
         pairs, rest = parse_pairs(to_text(reply.encode("utf-8", "replace"))[0], finish == "length")
         rows += [dict(q=q, a=a, job=job) for q, a in pairs]

@@ -584,23 +584,23 @@ def test_the_key_is_nowhere(tmp_path, serve, one_guide):
 
 def test_the_journal_mends_a_torn_line_and_refuses_a_broken_one(tmp_path, capsys):
     path, args = tmp_path / "journal.jsonl", arguments("--out", tmp_path)
-    journal = si.Teacher(args)
-    journal.write(ask=0, bound=0.5, key="a")
-    journal.write(n=0, key="a", reply="x", finish="stop", cost=0.25, **{"in": 1, "out": 2})
-    journal.write(ask=1, bound=0.5, key="b")
+    teacher = si.Teacher(args)
+    teacher.write(ask=0, bound=0.5, key="a")
+    teacher.write(n=0, key="a", reply="x", finish="stop", cost=0.25, **{"in": 1, "out": 2})
+    teacher.write(ask=1, bound=0.5, key="b")
     with pytest.raises(SystemExit):
         si.Teacher(args)                                    # two runs at once
-    journal.file.close()
+    teacher.file.close()
     whole = path.read_bytes()
     for cut in range(len(whole) + 1):                       # a crash may tear it anywhere
         path.write_bytes(whole[:cut])
-        journal = si.Teacher(args)
-        journal.write(ask=journal.asks, bound=0.125, key="c")
-        journal.file.close()
+        teacher = si.Teacher(args)
+        teacher.write(ask=teacher.asks, bound=0.125, key="c")
+        teacher.file.close()
         again = si.Teacher(args)
-        assert again.open == journal.open and again.spent == journal.spent and again.replies == journal.replies
+        assert again.open == teacher.open and again.spent == teacher.spent and again.replies == teacher.replies
         again.file.close()
-    assert journal.spent == 0.25 and journal.open == {1: 0.5, 2: 0.125} and set(journal.replies) == {"a"}
+    assert teacher.spent == 0.25 and teacher.open == {1: 0.5, 2: 0.125} and set(teacher.replies) == {"a"}
     path.write_bytes(whole.replace(b'"reply"', b'reply"', 1))
     capsys.readouterr()
     with pytest.raises(SystemExit) as e:

@@ -264,6 +264,49 @@ def test_who_never_parses_or_never_answers_is_replaced_and_counted(serve, go):
     assert (m["good"], m["fallback"]) == (16, 4) and m["faults"] == {"HTTP 503": 8}
 
 
+def an_endpoint(folder, base, *flags):
+    args = rag.get_args(["--llm", "t", "--api_base", base, "--timeout", "2", "--price_in", "10", "--price_out", "1000", *flags])
+    return rag.Endpoint(args, folder / "j.jsonl", KEY)
+
+
+def test_what_was_never_sent_is_free(tmp_path):
+    for i, base in enumerate(("http://[::1", "https://127.0.0.1:9/v1", "http://127.0.0.1:9/v1")):
+        got = an_endpoint(tmp_path / str(i), base).post("k", dict(messages=[], max_tokens=1), 100)
+        assert got["free"] and got["retry"] == (i > 0) and KEY not in str(got)
+
+
+def test_a_server_that_does_not_count_costs_no_more_than_was_allowed(serve, tmp_path):
+    server = serve(lambda h, body: h.send(json.dumps(dict(choices=[dict(message=dict(content="\u00fc" * 5000))]))))
+    endpoint, prompt = an_endpoint(tmp_path, server.url + "/v1", "--max_tokens", "100"), [dict(role="user", content="Wo ist der K\u00f6nig?")]
+    assert endpoint.ask("0/0", prompt, 3) == "\u00fc" * 5000
+    assert abs(endpoint.spent - (100 + 18) * 10e-6 - 100 * 1000e-6) < 1e-12 and not endpoint.open        # its 17 letters are 18 bytes
+    assert endpoint.ask("0/0", prompt, 3) and len(server.bodies) == 1       # paid for once
+
+
+def test_a_full_disk_ends_the_run_and_a_second_run_waits_its_turn(serve, go, monkeypatch, capsys):
+    server = serve(lambda h, body: h.reply(steady("x")))
+    write, left = rag.Endpoint.write, [9]
+
+    def full(self, **line):
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(28, "No space left on device")
+        write(self, **line)
+    monkeypatch.setattr(rag.Endpoint, "write", full)
+    with pytest.raises(OSError):
+        go(server, "--episodes", 1, "--max_steps", 50)
+    assert len(server.bodies) <= 5
+    first = an_endpoint(go.folder, server.url)
+    with pytest.raises(SystemExit):
+        an_endpoint(go.folder, server.url)
+    assert "another run is writing" in capsys.readouterr().err and first.asks == 0
+
+
+def test_a_key_that_is_no_secret_is_no_part_of_words():
+    assert rag.hide("six steps, none lost", "x") == rag.hide("six steps, none lost", "none") == "six steps, none lost"
+    assert rag.hide(f"say {KEY}!", KEY) == "say [key]!" and rag.hide("sk-abcdefgh12", "") == "[key]"
+
+
 def test_half_a_letter_is_no_action_and_no_traceback(serve, go):
     """Half of a surrogate pair is JSON, but no text: it stands in the prompt that asks for repair."""
     m, _ = go(serve(lambda h, body: h.reply("\ud83d")), "--episodes", 1, "--max_steps", 3)

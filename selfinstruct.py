@@ -21,7 +21,7 @@ import numpy as np
 import requests, urllib3
 from tqdm import tqdm
 
-HERE, OPENAI, PAUSE = pathlib.Path(__file__).resolve().parent, "https://api.openai.com/v1", 1.0   # seconds before a second try; it doubles
+HERE, OPENAI, PAUSE = pathlib.Path(__file__).resolve().parent, "https://api.openai.com/v1", 1.0  # PAUSE: seconds to the next try; doubles
 
 # ---- flags -----------------------------------------------------------------------------------------------------------------
 def get_args(argv=None):
@@ -593,7 +593,8 @@ def main():
     if teacher.unmade:
         doubt = f" (${metrics['in_doubt']:g} of it is for requests whose answers were lost)" if metrics["in_doubt"] else ""
         print(f"--max_cost {args.max_cost:g} left {teacher.unmade} requests unmade; the same command with more goes on{doubt}")
-    print(f"next: python lora_llama.py --data {out / 'train.jsonl'} --prompts {out / 'heldout.jsonl'} --epochs 5")   # its 15: by heart
+    # 5 epochs: with lora_llama.py's default of 15 it learns them by heart
+    print(f"next: python lora_llama.py --data {out / 'train.jsonl'} --prompts {out / 'heldout.jsonl'} --epochs 5")
 
 if __name__ == "__main__":
     common.run(main)
